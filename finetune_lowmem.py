@@ -1,0 +1,210 @@
+"""Fine-tune all the weights of a causal LM on HellaSwag in little more memory than its bf16 weights.
+
+    python finetune_lowmem.py --run-name X               # Llama-3.2-1B on one GPU
+    python finetune_lowmem.py --run-name demo --demo     # SmolLM2-135M on a CPU, no account needed
+
+Five techniques, a function or a line each, in the order of this file:
+  1. linear cross entropy   no logits array: only target positions reach the head            `target_loss`
+  2. update in backward     a gradient lives until its own update, not until the step's end  `update_in_backward`
+  3. bf16 weights           2 bytes a parameter; unbiased rounding instead of an fp32 copy   `Adafactor`, `stochastic_round`
+  4. gradient checkpointing one layer's activations at a time                                `main`
+  5. small batches          8 rows, and rows + columns instead of Adam's two full states     `main`
+Embeddings that are neither trained nor tied to the head stay in host memory (`keep_on_host`).
+"""
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+import common
+
+
+class Fp32Products(TorchFunctionMode):
+    """Matrix products of bf16 tensors in fp32, results in bf16 again.
+
+    For CPUs: without bf16 instructions torch's bf16 products run at 1 to 20 GFLOP/s on two cores where fp32 ones run at
+    50 to 130 (EPYC of the Zen 3 family, torch 2.13). Weights and activations stay bf16.
+    """
+
+    PRODUCTS = {
+        F.linear,
+        F.scaled_dot_product_attention,
+        torch.matmul,
+        torch.Tensor.matmul,
+        torch.Tensor.__matmul__,
+        torch.bmm,
+        torch.Tensor.bmm,
+        torch.baddbmm,
+        torch.Tensor.baddbmm,
+        torch.addmm,
+        torch.mm,
+        torch.Tensor.mm,
+    }
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in self.PRODUCTS or not any(_is_bf16(x) for x in (*args, *kwargs.values())):
+            return func(*args, **kwargs)
+        args = [x.float() if _is_bf16(x) else x for x in args]
+        kwargs = {name: x.float() if _is_bf16(x) else x for name, x in kwargs.items()}
+        return func(*args, **kwargs).bfloat16()
+
+
+def _is_bf16(x):
+    return torch.is_tensor(x) and x.dtype == torch.bfloat16
+
+
+def precision():
+    """Context of each forward pass: bf16 as it is on a GPU, bf16 with fp32 products on a CPU."""
+    return nullcontext() if torch.cuda.is_available() else Fp32Products()
+
+
+def target_loss(head, hidden, targets):
+    """Mean cross entropy of targets [n] after hidden [n, width], without an [n, vocabulary] array in memory.
+
+    On a GPU cut-cross-entropy's kernel (Wijmans et al. 2024), which keeps logits on chip; where it cannot run (no GPU, or
+    a head with a bias) the plain way, a piece of the positions at a time, each piece's logits made again in backward.
+    """
+    if hidden.is_cuda and head.bias is None:
+        from cut_cross_entropy import linear_cross_entropy  # needs triton, which only a GPU's machine must have
+
+        # filter_eps=None: the default drops gradients below bf16's resolution, and a tied embedding's rows live on those
+        return linear_cross_entropy(hidden * head.scale, head.weight, targets, softcap=head.softcap, filter_eps=None)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for h, t in head.pieces(hidden, targets):
+        total = total + checkpoint(
+            lambda h, t: F.cross_entropy(head.logits(h), t, reduction="sum"), h, t, use_reentrant=False
+        )
+    return total / len(targets)
+
+
+def training_loss(model, head, batch):
+    """Mean cross entropy over the batch's target tokens, from the hidden states that predict them."""
+    with precision():
+        hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    positions = (batch.labels != common.IGNORE).nonzero(as_tuple=True)
+    return target_loss(head, hidden[positions], batch.labels[positions])
+
+
+def update_in_backward(optimizer, trained):
+    """Update each parameter as soon as backward has its whole gradient, and release that gradient at once.
+
+    The hook runs once per backward pass and parameter, after all uses of a tied weight have been summed. Returns handles.
+    """
+
+    def update(p):
+        optimizer.update(p)
+        p.grad = None
+
+    return [p.register_post_accumulate_grad_hook(update) for p in trained.values()]
+
+
+def keep_on_host(model, device):
+    """Move the model to `device` but for untied, untrained input embeddings, which look rows up in host memory."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    on_host = not embeddings.weight.requires_grad and embeddings.weight is not head.weight
+    for module in [m for m in model.modules() if not (on_host and m is embeddings)]:
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            tensor.data = tensor.data.to(device)
+    if on_host:
+        embeddings.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.device),))
+        embeddings.register_forward_hook(lambda module, args, output: output.to(device))
+
+
+def check_techniques(model, head, trained, optimizer, batch):
+    """One step at learning rate 0, then everything is put back: refuse to train unless each technique is really active."""
+    problems, fired, forwards = [], dict.fromkeys(trained, 0), []
+    embeddings = model.get_input_embeddings().weight
+
+    def after_update(name, p):
+        fired[name] += 1
+        if p.grad is not None:
+            problems.append(f"the gradient of {name} outlives its update")
+
+    handles = [
+        decoder_layer.register_forward_pre_hook(lambda *_: forwards.append(1))
+        for decoder_layer in common.decoder_layers(model)[:1]
+    ]
+    handles += [
+        p.register_post_accumulate_grad_hook(lambda p, name=name: after_update(name, p)) for name, p in trained.items()
+    ]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    loss = training_loss(model, head, batch)
+    loss.backward()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.reset()
+    for handle in handles:
+        handle.remove()
+
+    if len(forwards) != 2:
+        problems.append(f"gradient checkpointing is off: a layer ran {len(forwards)} times instead of twice")
+    if wrong := [name for name, count in fired.items() if count != 1]:
+        problems.append(f"{wrong[0]} was updated {fired[wrong[0]]} times in one step instead of once")
+    if wrong := [name for name, p in trained.items() if p.dtype != torch.bfloat16]:
+        problems.append(f"{wrong[0]} is {trained[wrong[0]].dtype} instead of bf16")
+    if wrong := [name for name, p in model.named_parameters() if p.grad is not None]:
+        problems.append(f"{wrong[0]} keeps a gradient")
+    if loss.is_cuda and head.bias is None and "LinearCrossEntropy" not in loss.grad_fn.name():
+        problems.append("cut-cross-entropy is off")
+    if loss.is_cuda and embeddings is not head.weight and not embeddings.requires_grad and embeddings.is_cuda:
+        problems.append("untrained embeddings are on the GPU")
+    if problems:
+        raise common.UserError(f"{type(model).__name__} cannot be trained in low memory: {problems[0]}")
+
+
+def main(argv=None):
+    parser = common.argument_parser(__doc__.splitlines()[0], batch_size=8, lr=1e-4, log_every=400)
+    parser.add("--nostround", action="store_true", help="round to nearest instead of stochastically: the ablation")
+    args = common.parse_arguments(parser, argv)
+    device = common.set_up(args)
+    memory = common.Memory(device)
+
+    # Data and model, the weights in bf16
+    tokenizer, limit = common.load_tokenizer(args.model)
+    data = common.load_data(args, tokenizer, limit)
+    model = common.load_model(args.model, torch.bfloat16)
+    trained = common.choose_trained(model, args.trained)
+    keep_on_host(model, device)
+    head = common.Head(model)
+    batch = common.small_batch(data, limit).to(device)
+    losses = {
+        "evaluation": head.mean_nll,
+        "linear cross entropy": lambda hidden, targets: target_loss(head, hidden, targets),
+    }
+    common.check_head(model, head, batch, precision, losses)
+
+    # Gradient checkpointing; layers run again in backward in the same precision
+    rerun = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), precision())}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=rerun)
+    model.train()
+
+    # Adafactor with stochastic rounding, run inside backward
+    optimizer = common.Adafactor(
+        trained.values(), lr=args.lr, rounding="nearest" if args.nostround else "stochastic", seed=args.seed
+    )
+    update_in_backward(optimizer, trained)
+    check_techniques(model, head, trained, optimizer, batch)
+    gradients = ("largest gradient", max(common.size_in_bytes([p]) for p in trained.values()))
+
+    # Train
+    run = common.Run(
+        args, "finetune_lowmem", model, head, tokenizer, trained, optimizer, gradients, data, limit, precision, memory
+    )
+    run.evaluate(epoch=0)
+    for epoch in run.epochs():
+        for batch in run.batches(epoch):
+            loss = training_loss(model, head, batch)
+            loss.backward()  # updates the weights too
+            run.after_step(loss, batch)
+        run.evaluate(epoch)
+    return run.finish()
+
+
+if __name__ == "__main__":
+    common.run_command(main)
