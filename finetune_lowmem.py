@@ -159,7 +159,7 @@ def check_techniques(model, head, trained, optimizer, batch):
 
 
 def main(argv=None):
-    parser = common.argument_parser(__doc__.splitlines()[0], batch_size=8, lr=1e-4, log_every=400)
+    parser = common.argument_parser(__doc__.splitlines()[0], batch_size=8, lr=1e-4, demo_lr=3e-4, log_every=400)
     parser.add("--nostround", action="store_true", help="round to nearest instead of stochastically: the ablation")
     args = common.parse_arguments(parser, argv)
     device = common.set_up(args)

@@ -1,0 +1,267 @@
+"""Stochastic rounding and the Adafactor update, against fp64 truth. python -m pytest tests/test_adafactor.py"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import common
+from common import Adafactor, adafactor_update, stochastic_round
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def generator(device, seed=0):
+    return torch.Generator(device).manual_seed(seed)
+
+
+def neighbours(x):
+    """The bf16 values next to fp32 x, toward zero and away from it, as fp32."""
+    toward = (x.view(torch.int32) & -(2**16)).view(torch.float32)
+    return toward, (toward.view(torch.int32) + 2**16).view(torch.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("ulps", [0.2, 0.05, 0.02, 0.01, 0.005, 0.001])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_rounding_is_unbiased(device, ulps, sign):
+    """Of n draws a share ulps moves one bf16 ulp. Bound: 5 standard deviations of a binomial (1 in 1.7 million runs)."""
+    n, ulp = 10**6, 2.0**-7
+    x = torch.full((n,), sign * (1 + ulps * ulp), dtype=torch.float32, device=device)
+    exact = (x[0].item() * sign - 1) / ulp  # ulps after rounding to fp32, a grid of 2^-16 ulp
+    moved = (stochastic_round(x, generator(device)).double() * sign - 1).mean().item() / ulp
+    assert abs(moved - exact) < 5 * math.sqrt(exact * (1 - exact) / n)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rounding_yields_only_the_two_neighbours_with_the_right_share(device):
+    x = torch.randn(4000, device=device).mul(torch.logspace(-30, 30, 4000, device=device))
+    toward, away = neighbours(x)
+    draws = torch.stack([stochastic_round(x, generator(device, seed)).float() for seed in range(400)])
+    assert ((draws == toward) | (draws == away)).all()
+    share = (draws == away).double().mean(0)
+    p = (x.view(torch.int32) & 0xFFFF).double() / 2**16
+    z = (share - p) / (p * (1 - p) / 400).clamp(min=1e-9).sqrt()
+    # sum of squares of 4,000 standard normals: 4000 ± 5 * sqrt(8000), a little more as binomials have other tails
+    assert 4000 - 500 < z.square().sum().item() < 4000 + 500
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rounding_keeps_exact_values_nan_and_inf(device):
+    exact = torch.randn(10000, device=device).bfloat16().float()
+    assert torch.equal(stochastic_round(exact, generator(device)).float(), exact)
+    bits = torch.tensor(
+        [0x7F800000, 0xFF800000, 0x7FC00000, 0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF, 0, 0x80000000], device=device
+    )
+    special = bits.to(torch.int32).view(torch.float32)
+    for seed in range(50):
+        result = stochastic_round(special, generator(device, seed)).float()
+        assert result[:2].tolist() == [math.inf, -math.inf]
+        assert result[2:6].isnan().all()
+        assert result[6:].tolist() == [0, 0]
+        assert math.copysign(1, result[7].item()) == -1
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False), st.integers(0, 2**32))
+@settings(max_examples=300, deadline=None)
+def test_rounding_of_any_float(value, seed):
+    x = torch.tensor([value], dtype=torch.float32)
+    toward, away = neighbours(x)
+    assert stochastic_round(x, generator("cpu", seed)).float().item() in (toward.item(), away.item())
+
+
+def test_rounding_is_seeded_takes_any_shape_and_refuses_other_types():
+    x = torch.randn(3, 5, 7)
+    first = stochastic_round(x, generator("cpu", 1))
+    assert first.shape == x.shape
+    assert first.dtype == torch.bfloat16
+    assert torch.equal(first, stochastic_round(x, generator("cpu", 1)))
+    assert not torch.equal(first, stochastic_round(x, generator("cpu", 2)))
+    assert stochastic_round(x.transpose(0, 2)).shape == (7, 5, 3)
+    assert stochastic_round(torch.zeros(0)).numel() == 0
+    with pytest.raises(TypeError, match="fp32"):
+        stochastic_round(x.double())
+
+
+def truth(p, g, state, lr, beta2=0.99):
+    """The update of design section 5 in fp64, written from its formula: factored for matrices, unfactored for vectors."""
+    p, g = p.double(), g.double()
+    if p.ndim > 1:
+        p2, g2 = p.reshape(-1, p.shape[-1]), g.reshape(-1, p.shape[-1])
+        state["vr"] = beta2 * state.get("vr", 0) + (1 - beta2) * g2.square().mean(1)
+        state["vc"] = beta2 * state.get("vc", 0) + (1 - beta2) * g2.square().mean(0)
+        v = torch.outer(state["vr"], state["vc"]) / state["vr"].mean()
+    else:
+        p2, g2 = p, g
+        v = state["v"] = beta2 * state.get("v", 0) + (1 - beta2) * g2.square()
+    u = g2 / v.sqrt()
+    u = u * lr * max(p2.norm().item(), 1e-3 * math.sqrt(p2.numel())) / u.norm()
+    return (p2 - u).reshape(p.shape)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(40, 30), (1, 50), (50, 1), (60,), (3, 8, 10)], ids=str)
+@pytest.mark.parametrize("scale", [1e-8, 1e-3, 1e4])
+@pytest.mark.parametrize("block", [2**22, 64])
+def test_fp32_update_equals_fp64_truth(device, shape, scale, block, monkeypatch):
+    monkeypatch.setattr(common, "BLOCK", block)
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(shape, device=device))
+    expected, state = p.detach().double(), {}
+    optimizer = Adafactor([p], lr=1e-2)
+    for _ in range(5):
+        p.grad = scale * torch.randn_like(p) * torch.rand_like(p)
+        expected = truth(expected, p.grad, state, lr=1e-2)
+        optimizer.step()
+    # seen: 1e-6; a step is 1e-2
+    assert (p.detach().double() - expected).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_update_has_the_truth_as_its_mean(device):
+    """Weights whose step is a small part of a bf16 ulp. Bound: 5 standard deviations of the mean, plus fp32 error."""
+    torch.manual_seed(0)
+    start, g = torch.randn(64, 32, device=device).bfloat16(), torch.randn(64, 32, device=device).bfloat16()
+    expected = truth(start, g, {}, lr=1e-4) - start.double()
+    optimizer, total, draws = Adafactor([torch.nn.Parameter(start.clone())], lr=1e-4), torch.zeros_like(expected), 2000
+    (p,) = optimizer.param_groups[0]["params"]
+    for _ in range(draws):
+        optimizer.state.clear()
+        p.data.copy_(start)
+        p.grad = g
+        optimizer.step()
+        total += p.detach().double() - start.double()
+    toward, away = (x.double() for x in neighbours(start.float()))
+    ulp = (away - toward).abs()
+    sigma = (
+        expected.abs() * ulp / draws
+    ).sqrt()  # variance of a move of one ulp with probability |step| / ulp, at most
+    assert ((total / draws - expected).abs() < 5 * sigma + 1e-3 * expected.abs() + 1e-8).all()
+
+
+def test_small_steps_move_the_weights_only_with_stochastic_rounding():
+    """200 steps of 1e-4 relative, all one way: nearest rounding leaves every weight where it was."""
+    moved = {}
+    for rounding in ("stochastic", "nearest"):
+        p = torch.nn.Parameter(torch.full((64, 64), 1.0, dtype=torch.bfloat16))
+        optimizer = Adafactor([p], lr=1e-4, rounding=rounding)
+        for _ in range(200):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        moved[rounding] = 1 - p.float().mean().item()
+    assert moved["nearest"] == 0
+    # a weight's path is ~2.56 moves of 2^-8 (below 1), standard deviation of the mean of 4,096: 1e-4
+    assert moved["stochastic"] == pytest.approx(1 - (1 - 1e-4) ** 200, abs=5e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(20, 10), (20,)], ids=str)
+def test_a_non_finite_update_changes_nothing_and_is_counted(device, bad, dtype, shape):
+    torch.manual_seed(0)
+    p, other = (torch.nn.Parameter(torch.randn(shape, device=device).to(dtype)) for _ in range(2))
+    optimizer = Adafactor([p, other], lr=1e-2)
+    for q in (p, other):
+        q.grad = torch.randn_like(q)
+    optimizer.step()
+    weights, state, other_before = (
+        p.detach().clone(),
+        {k: v.clone() for k, v in optimizer.state[p].items()},
+        other.detach().clone(),
+    )
+    p.grad.view(-1)[7] = bad
+    optimizer.step()
+    assert torch.equal(p, weights)
+    assert all(torch.equal(v, state[k]) for k, v in optimizer.state[p].items())
+    assert not torch.equal(other, other_before)
+    assert optimizer.skipped.item() == 1
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert not torch.equal(p, weights)
+    assert optimizer.skipped.item() == 1
+
+
+def test_an_overflow_in_a_column_sum_alone_is_caught():
+    p = torch.nn.Parameter(torch.randn(4000, 2))
+    optimizer = Adafactor([p], lr=1e-2)
+    p.grad = torch.full(
+        (4000, 2), 1e18
+    )  # each square is finite in fp32, and so is each row's mean; a column's sum is not
+    before = p.detach().clone()
+    optimizer.step()
+    assert torch.equal(p, before)
+    assert optimizer.state[p]["col"].isfinite().all()
+    assert optimizer.skipped.item() == 1
+
+
+def test_zero_gradients_and_zero_weights():
+    p = torch.nn.Parameter(torch.randn(8, 8))
+    before = p.detach().clone()
+    optimizer = Adafactor([p], lr=1e-2)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert torch.equal(p, before)
+    assert optimizer.skipped.item() == 0
+    zero = torch.nn.Parameter(torch.zeros(8, 8))
+    optimizer = Adafactor([zero], lr=1e-2)
+    zero.grad = torch.randn(8, 8)
+    optimizer.step()
+    assert zero.norm().item() == pytest.approx(1e-2 * 1e-3 * 8, rel=1e-5)
+    p.grad = torch.randn(8, 8)
+    p.grad[3] = 0  # a row without gradient stays where it is
+    before = p.detach().clone()
+    Adafactor([p], lr=1e-2).step()
+    assert not torch.equal(p, before)
+    assert p.isfinite().all()
+
+
+def test_state_is_fp32_rows_and_columns():
+    p = torch.nn.Parameter(torch.randn(300, 200).bfloat16())
+    optimizer = Adafactor([p], lr=1e-2)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert {k: (tuple(v.shape), v.dtype) for k, v in optimizer.state[p].items()} == {
+        "row": ((300,), torch.float32),
+        "col": ((200,), torch.float32),
+    }
+
+
+def test_a_learning_rate_scheduler_works():
+    p = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = Adafactor([p], lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for expected in (1e-2, 5e-3):
+        before = p.detach().clone()
+        p.grad = torch.randn(4, 4)
+        optimizer.step()
+        scheduler.step()
+        assert ((p - before).norm() / before.norm()).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 1000])
+def test_no_temporary_is_as_large_as_the_tensor(columns, monkeypatch):
+    """Largest tensor any operation makes during an update, counted at the dispatcher."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    monkeypatch.setattr(common, "BLOCK", 2000)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if torch.is_tensor(out) and not any(
+                torch.is_tensor(a) and a.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() for a in args
+            ):
+                largest = max(largest, out.numel() * out.element_size())
+            return out
+
+    rows = 100_000 // columns
+    p, g = torch.randn(rows, columns).bfloat16(), torch.randn(rows, columns).bfloat16()
+    row, col = torch.zeros(rows), torch.zeros(columns)
+    with Watch():
+        adafactor_update(p, g, row, col, 1e-2, 0.99, "stochastic")
+    assert 0 < largest <= max(4 * 2000, 4 * rows)

@@ -1,0 +1,254 @@
+"""Real architectures at tiny size: each trains correctly or is refused by name. python -m pytest tests/test_architectures.py"""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import ARCHITECTURES, make_model
+
+import common
+import finetune_base
+import finetune_lowmem
+
+CPU = torch.device("cpu")
+
+
+def make_batch(seed=0, rows=4, length=24):
+    torch.manual_seed(seed)
+    ids = torch.randint(2, 400, (rows, length))
+    labels = torch.full_like(ids, common.IGNORE)
+    for row in range(rows):
+        labels[row, 10 + row : -4] = torch.randint(2, 400, (length - 14 - row,))
+    return common.Batch(ids, labels, rows, ids.numel(), int((labels != common.IGNORE).sum()))
+
+
+def own_loss(model, batch):
+    """Mean cross entropy from the model's own logits, by the definition."""
+    logits = model(input_ids=batch.ids).logits.double()
+    return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=common.IGNORE)
+
+
+def checkpointed(model):
+    rerun = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), finetune_lowmem.precision())}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=rerun)
+    return model.train()
+
+
+@pytest.mark.parametrize("trained", ["layers", "all"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_and_gradients_equal_the_models_own(architecture, trained):
+    """In fp32, where any difference is a mistake and not rounding: both scripts' losses and every trained gradient."""
+    batch = make_batch()
+    plain = make_model(architecture)
+    common.choose_trained(plain, trained)
+    truth = own_loss(plain, batch)
+    truth.backward()
+    for loss_of in (
+        lambda model: finetune_lowmem.training_loss(model, common.Head(model), batch),
+        lambda model: finetune_base.training_loss(model, batch),
+    ):
+        model = checkpointed(copy.deepcopy(plain))
+        model.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        assert loss.item() == pytest.approx(truth.item(), rel=1e-5)
+        for (name, p), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+            assert (p.grad is None) == (expected.grad is None) == (not p.requires_grad), name
+            if p.grad is not None:
+                assert (p.grad - expected.grad).norm() < 1e-4 * expected.grad.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bf16_loss_is_no_worse_than_the_models_own_in_bf16(architecture):
+    """Against the fp32 truth of the same rounded weights. 1e-3: seen up to 3e-4 either way at a loss of 6 to 12."""
+    batch, model = make_batch(), make_model(architecture).bfloat16()
+    truth = own_loss(copy.deepcopy(model).float(), batch).item()
+    naive = own_loss(model, batch).item()
+    ours = finetune_lowmem.training_loss(model, common.Head(model), batch).item()
+    assert abs(ours - truth) < 1.5 * abs(naive - truth) + 1e-2
+
+
+@pytest.mark.parametrize("trained", ["layers", "all"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_start_up_checks_pass_and_training_learns(architecture, trained):
+    model, batch = make_model(architecture).bfloat16(), make_batch()
+    chosen = common.choose_trained(model, trained)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if name not in chosen}
+    assert bool(frozen) == (trained == "layers")
+    head = common.Head(model)
+    finetune_lowmem.keep_on_host(model, CPU)
+    losses = {"evaluation": head.mean_nll, "loss": lambda hidden, targets: finetune_lowmem.target_loss(head, hidden, targets)}
+    common.check_head(model, head, batch, finetune_lowmem.precision, losses)
+    checkpointed(model)
+    optimizer = common.Adafactor(chosen.values(), lr=2e-2)
+    finetune_lowmem.update_in_backward(optimizer, chosen)
+    before = {name: p.detach().clone() for name, p in chosen.items()}
+    finetune_lowmem.check_techniques(model, head, chosen, optimizer, batch)
+    assert all(torch.equal(p, before[name]) for name, p in chosen.items()), "the check moved a weight"
+    assert not optimizer.state
+    history = []
+    for _ in range(12):
+        loss = finetune_lowmem.training_loss(model, head, batch)
+        loss.backward()
+        history.append(loss.item())
+    assert history[-1] < history[0] - 0.2
+    assert all(not torch.equal(p, before[name]) for name, p in chosen.items()), "a trained weight never moved"
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    assert optimizer.skipped.item() == 0
+
+
+class OddHead(transformers.LlamaForCausalLM):
+    """A head that does what no flag of its config tells."""
+
+    odd = staticmethod(lambda logits: logits)
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = self.odd(output.logits)
+        return output
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [lambda x: 10 * torch.tanh(x / 10), lambda x: x / 2, lambda x: x + torch.linspace(-3, 3, x.shape[-1]), lambda x: x.roll(1, -1)],
+    ids=["hidden soft-capping", "hidden scaling", "hidden bias", "another order"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("initializer_range", [0.1, 0.001])
+def test_an_unknown_head_is_refused_by_name(odd, dtype, initializer_range):
+    model = OddHead(make_model(initializer_range=initializer_range).config).to(dtype)
+    head, batch = common.Head(model), make_batch()
+    common.check_head(model, head, batch, nullcontext, {"evaluation": head.mean_nll})
+    model.odd = odd
+    with pytest.raises(common.UserError, match="OddHead is not supported"):
+        common.check_head(model, head, batch, nullcontext, {"evaluation": head.mean_nll})
+
+
+def test_a_model_without_a_head_or_layers_is_refused_by_name():
+    with pytest.raises(common.UserError, match="LlamaModel is not supported"):
+        common.Head(make_model().base_model)
+    model = make_model()
+    model.config.num_hidden_layers = 7
+    with pytest.raises(common.UserError, match="LlamaForCausalLM is not supported: its decoder layers"):
+        common.choose_trained(model, "layers")
+
+
+def break_checkpointing(model, optimizer):
+    model.gradient_checkpointing_disable()
+
+
+def break_dtype(model, optimizer):
+    model.base_model.layers[1].mlp.up_proj.float().register_forward_pre_hook(lambda module, args: (args[0].float(),))
+    model.base_model.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, output: output.bfloat16())
+
+
+def break_release(model, optimizer):
+    model.base_model.layers[0].mlp.up_proj.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", torch.zeros_like(p)))
+
+
+def break_use(model, optimizer):
+    layer = model.base_model.layers[1]
+    layer.post_attention_layernorm.forward = lambda x: x
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [(break_checkpointing, "gradient checkpointing is off"), (break_dtype, "instead of bf16"), (break_release, "outlives its update"), (break_use, "updated 0 times")],
+)
+def test_an_inactive_technique_is_refused(broken, message):
+    model, batch = checkpointed(make_model().bfloat16()), make_batch()
+    chosen = common.choose_trained(model, "layers")
+    optimizer = common.Adafactor(chosen.values(), lr=1e-2)
+    finetune_lowmem.update_in_backward(optimizer, chosen)
+    broken(model, optimizer)
+    with pytest.raises(common.UserError, match=message):
+        finetune_lowmem.check_techniques(model, common.Head(model), chosen, optimizer, batch)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
+def test_update_in_backward_equals_the_plain_loop(architecture):
+    """fp32 weights, so that nothing is rounded: hooks against backward-then-step, weights and state, tied ones included."""
+    results = []
+    for in_backward in (True, False):
+        model = make_model(architecture)
+        chosen = common.choose_trained(model, "all")
+        optimizer = common.Adafactor(chosen.values(), lr=1e-2)
+        if in_backward:
+            finetune_lowmem.update_in_backward(optimizer, chosen)
+        for step in range(5):
+            finetune_lowmem.training_loss(model, common.Head(model), make_batch(step)).backward()
+            if not in_backward:
+                optimizer.step()
+                optimizer.zero_grad()
+            assert all(p.grad is None for p in model.parameters())
+        results.append((dict(model.named_parameters()), {n: optimizer.state[p] for n, p in chosen.items()}))
+    for name, p in results[0][0].items():
+        assert torch.equal(p, results[1][0][name]), name
+        assert all(torch.equal(v, results[1][1][name][k]) for k, v in results[0][1][name].items())
+
+
+def test_a_tied_weight_is_updated_once_and_stays_tied():
+    model = make_model("llama-tied")
+    chosen = common.choose_trained(model, "all")
+    assert sum(p is model.get_input_embeddings().weight for p in chosen.values()) == 1
+    updates = []
+    optimizer = common.Adafactor(chosen.values(), lr=1e-2)
+    optimizer.update, plain = lambda p: (updates.append(p), plain(p)), optimizer.update
+    finetune_lowmem.update_in_backward(optimizer, chosen)
+    finetune_lowmem.training_loss(model, common.Head(model), make_batch()).backward()
+    assert sum(p is model.get_input_embeddings().weight for p in updates) == 1
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_loss_pieces_make_no_difference(monkeypatch):
+    model, batch = make_model(), make_batch()
+    head = common.Head(model)
+    whole = finetune_lowmem.training_loss(model, head, batch)
+    pieces = lambda hidden, targets: zip(hidden.split(5), targets.split(5), strict=True)  # noqa: E731
+    monkeypatch.setattr(head, "pieces", pieces)
+    assert finetune_lowmem.training_loss(model, head, batch).item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_fp32_products_are_exact_products_of_bf16_values():
+    torch.manual_seed(0)
+    a, w = torch.randn(50, 300).bfloat16(), torch.randn(40, 300).bfloat16()
+    truth = (a.double() @ w.double().T).to(torch.bfloat16)
+    with finetune_lowmem.Fp32Products():
+        results = [F.linear(a, w), a @ w.T, torch.matmul(a, w.T), torch.addmm(torch.zeros(40).bfloat16(), a, w.T)]
+    for result in results:
+        assert result.dtype == torch.bfloat16
+        # fp32 sums round to another bf16 value than the truth for a few in 10,000
+        assert (result != truth).double().mean() < 5e-3
+    with finetune_lowmem.Fp32Products():
+        assert (a.float() @ w.float().T).dtype == torch.float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("trained", ["layers", "all"])
+def test_gpu_gradients_against_fp32_truth(architecture, trained):
+    """bf16 on the GPU, cut-cross-entropy included: error to the fp32 truth at most 1.5 times the ordinary bf16 path's."""
+    batch, model = make_batch(rows=16), make_model(architecture, hidden_size=64, intermediate_size=128).bfloat16()
+    common.choose_trained(model, trained)
+    truth, naive, ours = copy.deepcopy(model).float(), copy.deepcopy(model).cuda(), copy.deepcopy(model)
+    own_loss(truth, batch).backward()
+    own_loss(naive, batch.to("cuda")).backward()
+    finetune_lowmem.keep_on_host(ours, torch.device("cuda"))
+    finetune_lowmem.training_loss(ours, common.Head(ours), batch.to("cuda")).backward()
+    for (name, p), q, t in zip(ours.named_parameters(), naive.parameters(), truth.parameters(), strict=True):
+        if t.grad is not None:
+            error, naive_error = ((x.grad.cpu().float() - t.grad).norm() / t.grad.norm() for x in (p, q))
+            assert error < 1.5 * naive_error + 5e-3, name
+
+
+@pytest.mark.gpu
+def test_gpu_embeddings_stay_on_the_host_when_untied_and_untrained():
+    for architecture, trained, on_host in (("llama", "layers", True), ("llama-tied", "layers", False), ("llama", "all", False)):
+        model = make_model(architecture).bfloat16()
+        common.choose_trained(model, trained)
+        finetune_lowmem.keep_on_host(model, torch.device("cuda"))
+        places = {name: p.device.type for name, p in model.named_parameters()}
+        assert [name for name, place in places.items() if place == "cpu"] == (["model.embed_tokens.weight"] if on_host else [])
