@@ -3,12 +3,12 @@
     python finetune_lowmem.py --run-name X               # Llama-3.2-1B on one GPU
     python finetune_lowmem.py --run-name demo --demo     # SmolLM2-135M on a CPU, no account needed
 
-Five techniques, a function or a line each, in the order of this file:
-  1. linear cross entropy   no logits array: only target positions reach the head            `target_loss`
-  2. update in backward     a gradient lives until its own update, not until the step's end  `update_in_backward`
-  3. bf16 weights           2 bytes a parameter; unbiased rounding instead of an fp32 copy   `Adafactor`, `stochastic_round`
-  4. gradient checkpointing one layer's activations at a time                                `main`
-  5. small batches          8 rows, and rows + columns instead of Adam's two full states     `main`
+The five techniques, in the order of this file:
+  1. linear cross entropy    no logits array: only target positions reach the head          `target_loss`
+  2. update in backward      a gradient lives until its own update, not the step's end      `update_in_backward`
+  3. bf16 weights            2 bytes a parameter, kept unbiased by stochastic rounding      `common.Adafactor`
+  4. gradient checkpointing  the activations of one layer at a time                         `main`
+  5. small batches           8 rows; Adafactor's state is a row and a column per matrix     `main`
 Embeddings that are neither trained nor tied to the head stay in host memory (`keep_on_host`).
 """
 
@@ -65,13 +65,13 @@ def precision():
 def target_loss(head, hidden, targets):
     """Mean cross entropy of targets [n] after hidden [n, width], without an [n, vocabulary] array in memory.
 
-    On a GPU cut-cross-entropy's kernel (Wijmans et al. 2024), which keeps logits on chip; where it cannot run (no GPU, or
-    a head with a bias) the plain way, a piece of the positions at a time, each piece's logits made again in backward.
+    On a GPU cut-cross-entropy's kernel (Wijmans et al. 2024), which keeps logits on chip; where it cannot run (no GPU,
+    or a head with a bias) a piece of the positions at a time, each piece's logits made again in backward.
     """
     if hidden.is_cuda and head.bias is None:
         from cut_cross_entropy import linear_cross_entropy  # needs triton, which only a GPU's machine must have
 
-        # filter_eps=None: the default drops gradients below bf16's resolution, and a tied embedding's rows live on those
+        # filter_eps=None: by default small gradients are dropped, and Adafactor scales a rare token's row up to size
         return linear_cross_entropy(hidden * head.scale, head.weight, targets, softcap=head.softcap, filter_eps=None)
     total = hidden.new_zeros((), dtype=torch.float32)
     for h, t in head.pieces(hidden, targets):
@@ -92,7 +92,7 @@ def training_loss(model, head, batch):
 def update_in_backward(optimizer, trained):
     """Update each parameter as soon as backward has its whole gradient, and release that gradient at once.
 
-    The hook runs once per backward pass and parameter, after all uses of a tied weight have been summed. Returns handles.
+    The hook runs once per backward pass and parameter, after all uses of a tied weight were summed. Returns handles.
     """
 
     def update(p):
@@ -115,7 +115,7 @@ def keep_on_host(model, device):
 
 
 def check_techniques(model, head, trained, optimizer, batch):
-    """One step at learning rate 0, then everything is put back: refuse to train unless each technique is really active."""
+    """Refuse to train unless each technique is really active, by one step at learning rate 0; leaves all as it was."""
     problems, fired, forwards = [], dict.fromkeys(trained, 0), []
     embeddings = model.get_input_embeddings().weight
 

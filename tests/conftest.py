@@ -1,4 +1,4 @@
-"""What the tests share: tiny models of real architectures, a tiny tokenizer trained here, hand-written HellaSwag rows."""
+"""What the tests share: tiny models of real architectures, a tiny tokenizer, hand-written HellaSwag rows."""
 
 import json
 import os

@@ -80,7 +80,10 @@ def test_start_up_checks_pass_and_training_learns(architecture, trained):
     assert bool(frozen) == (trained == "layers")
     head = common.Head(model)
     finetune_lowmem.keep_on_host(model, CPU)
-    losses = {"evaluation": head.mean_nll, "loss": lambda hidden, targets: finetune_lowmem.target_loss(head, hidden, targets)}
+    losses = {
+        "evaluation": head.mean_nll,
+        "loss": lambda hidden, targets: finetune_lowmem.target_loss(head, hidden, targets),
+    }
     common.check_head(model, head, batch, finetune_lowmem.precision, losses)
     checkpointed(model)
     optimizer = common.Adafactor(chosen.values(), lr=2e-2)
@@ -113,7 +116,12 @@ class OddHead(transformers.LlamaForCausalLM):
 
 @pytest.mark.parametrize(
     "odd",
-    [lambda x: 10 * torch.tanh(x / 10), lambda x: x / 2, lambda x: x + torch.linspace(-3, 3, x.shape[-1]), lambda x: x.roll(1, -1)],
+    [
+        lambda x: 10 * torch.tanh(x / 10),
+        lambda x: x / 2,
+        lambda x: x + torch.linspace(-3, 3, x.shape[-1]),
+        lambda x: x.roll(1, -1),
+    ],
     ids=["hidden soft-capping", "hidden scaling", "hidden bias", "another order"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -146,7 +154,9 @@ def break_dtype(model, optimizer):
 
 
 def break_release(model, optimizer):
-    model.base_model.layers[0].mlp.up_proj.weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", torch.zeros_like(p)))
+    model.base_model.layers[0].mlp.up_proj.weight.register_post_accumulate_grad_hook(
+        lambda p: setattr(p, "grad", torch.zeros_like(p))
+    )
 
 
 def break_use(model, optimizer):
@@ -156,7 +166,12 @@ def break_use(model, optimizer):
 
 @pytest.mark.parametrize(
     ("broken", "message"),
-    [(break_checkpointing, "gradient checkpointing is off"), (break_dtype, "instead of bf16"), (break_release, "outlives its update"), (break_use, "updated 0 times")],
+    [
+        (break_checkpointing, "gradient checkpointing is off"),
+        (break_dtype, "instead of bf16"),
+        (break_release, "outlives its update"),
+        (break_use, "updated 0 times"),
+    ],
 )
 def test_an_inactive_technique_is_refused(broken, message):
     model, batch = checkpointed(make_model().bfloat16()), make_batch()
@@ -246,9 +261,15 @@ def test_gpu_gradients_against_fp32_truth(architecture, trained):
 
 @pytest.mark.gpu
 def test_gpu_embeddings_stay_on_the_host_when_untied_and_untrained():
-    for architecture, trained, on_host in (("llama", "layers", True), ("llama-tied", "layers", False), ("llama", "all", False)):
+    for architecture, trained, on_host in (
+        ("llama", "layers", True),
+        ("llama-tied", "layers", False),
+        ("llama", "all", False),
+    ):
         model = make_model(architecture).bfloat16()
         common.choose_trained(model, trained)
         finetune_lowmem.keep_on_host(model, torch.device("cuda"))
         places = {name: p.device.type for name, p in model.named_parameters()}
-        assert [name for name, place in places.items() if place == "cpu"] == (["model.embed_tokens.weight"] if on_host else [])
+        assert [name for name, place in places.items() if place == "cpu"] == (
+            ["model.embed_tokens.weight"] if on_host else []
+        )

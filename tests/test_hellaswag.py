@@ -6,11 +6,11 @@ import random
 import hypothesis.strategies as st
 import pytest
 import torch
+from benchmarks.harness import harness_results
 from conftest import ODD_ROWS, make_model, make_row, make_tokenizer, many_rows
 from hypothesis import given, settings
 
 import common
-from benchmarks.harness import harness_results
 
 CPU = torch.device("cpu")
 # Bar of the design: 1e-3. Seen here: 4e-6 (fp32 sums of up to 60 log-probabilities in another order).

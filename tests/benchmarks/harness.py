@@ -33,7 +33,9 @@ def harness_results(model, tokenizer, rows):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         config |= {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(file)}}}
         task = ConfigurableTask(config=config | {"training_split": None})
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, device=str(model.device), softmax_dtype="float32")
+        lm = HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=4, device=str(model.device), softmax_dtype="float32"
+        )
         result = lm_eval.evaluate(lm, {"hellaswag": task}, log_samples=True, bootstrap_iters=0)
     samples = sorted(result["samples"]["hellaswag"], key=lambda sample: sample["doc_id"])
     scores = [[value for value, _ in sample["filtered_resps"]] for sample in samples]
