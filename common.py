@@ -182,6 +182,8 @@ def set_up(args):
     if args.demo:
         prepare_demo()
     seed_everything(args.seed)
+    # Batches differ in length; without this the allocator keeps a block of each size (read when CUDA starts)
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

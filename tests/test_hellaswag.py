@@ -122,14 +122,12 @@ def test_batch_order_deals_each_row_once_and_is_seeded(lengths, batch_size, seed
 
 
 def test_batch_order_saves_padding_and_changes_with_the_epoch():
-    lengths = [random.Random(0).randint(20, 160) for _ in range(1)] + [
-        random.Random(i).randint(20, 160) for i in range(1, 2000)
-    ]
+    rng = random.Random(0)
+    lengths = [rng.randint(20, 160) for _ in range(2000)]
     ordered = common.batch_order(lengths, 8, 42, 1)
     padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in ordered)
     assert padded < 1.05 * sum(lengths), "rows of like length are not together"
     assert ordered != common.batch_order(lengths, 8, 42, 2)
-    assert [len(b) for b in ordered[:5]] != sorted(len(b) for b in ordered[:5]) or ordered[0] != sorted(ordered[0])
 
 
 texts = st.text(max_size=60)

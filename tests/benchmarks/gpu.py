@@ -104,12 +104,14 @@ def main():
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--out", required=True)
+    parser.add_argument("--only", type=int, nargs="+", default=range(len(CASES)), help="run only these of the cases")
     parser.add_argument("--case", type=int, help="run this case in this process")
     args = parser.parse_args()
     if args.case is not None:
         return worker(*CASES[args.case], args)
     results = []
-    for number, (script, shape, flags) in enumerate(CASES):
+    for number in args.only:
+        script, shape, flags = CASES[number]
         began = time.perf_counter()
         done = subprocess.run(
             [sys.executable, __file__, *sys.argv[1:], "--case", str(number)], capture_output=True, text=True
