@@ -853,7 +853,6 @@ def save_checkpoint(run_dir, args, progress, trained, optimizer):
     _save_shards(partial, "optimizer", state)
     _save_shards(partial, "random", _random_states(optimizer).items())
     (partial / "state.json").write_text(json.dumps({"args": vars(args), "progress": progress}, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     for old in final.parent.iterdir():
         if old != final:
@@ -862,10 +861,9 @@ def save_checkpoint(run_dir, args, progress, trained, optimizer):
 
 def load_checkpoint(folder, trained, optimizer):
     """Restore what save_checkpoint wrote; return the progress. State keeps its dtype, unlike in load_state_dict."""
-    weights = dict(_load_shards(folder, "weights"))
     with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(weights[name])
+        for name, value in _load_shards(folder, "weights"):
+            trained[name].copy_(value)
     for name, value in _load_shards(folder, "optimizer"):
         name, _, key = name.rpartition("/")
         p = trained[name]
@@ -956,9 +954,10 @@ class Run:
         (self.dir / "config.json").write_text(json.dumps(vars(args), indent=1))
         self.metrics = open(self.dir / "metrics.jsonl", "a")  # noqa: SIM115 (open as long as the run)
         self.metrics.truncate(self.progress["metrics_bytes"])
+        self.metrics.seek(0, os.SEEK_END)
         self.board = SummaryWriter(str(self.dir), purge_step=self.progress["step"] + 1 if args.resume else None)
         self.loss_sum = torch.tensor(self.progress["loss_sum"], device=self.device)
-        self.saved_step, self.clock, self.bar = None, None, None
+        self.saved_step = self.progress["step"] if checkpoint else None
 
     @property
     def stopped(self):
@@ -984,7 +983,6 @@ class Run:
                 if self.stopped:
                     break
                 yield collate([self.train[row] for row in rows], self.limit).to(self.device)
-        self.bar = None
         self._stop_clock()
         self.checkpoint()
 

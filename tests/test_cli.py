@@ -311,6 +311,17 @@ def test_resume_with_other_settings_is_refused_by_name(run):
         run("finetune_lowmem", "r", "--epochs", 1, "--resume", "--batch_size", 4, "--seed", 7)
 
 
+def test_metrics_have_no_gap_when_resumed_twice_between_log_lines(run):
+    flags = ("--epochs", 2, "--batch_size", 4, "--log_every", 10, "--save_every", 4)
+    _, whole = run("finetune_lowmem", "whole", *flags)
+    for stop in (12, 13, 14):
+        run("finetune_lowmem", "parts", *flags, "--max_steps", stop, *(("--resume",) if stop > 12 else ()))
+    _, parts = run("finetune_lowmem", "parts", *flags, "--resume")
+    assert [m["step"] for m in lines(parts / "metrics.jsonl")] == [0, 10, 15, 20, 30, 30]
+    losses = [[m.get("train_loss") for m in lines(folder / "metrics.jsonl")] for folder in (whole, parts)]
+    assert losses[0] == losses[1]
+
+
 def test_large_checkpoints_are_split(run, monkeypatch):
     monkeypatch.setattr(common, "SHARD", 10_000)
     _, whole = run("finetune_lowmem", "whole", "--epochs", 1)
