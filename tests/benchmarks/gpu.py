@@ -2,10 +2,10 @@
 
     python tests/benchmarks/gpu.py --tokenizer MODEL_FOLDER --dataset DATASET_FOLDER --out results.json
 
-The folders are the demo's, in ~/.cache/lowmem_finetuning (run a --demo once). Each case is the real script in a process of its own, training and evaluation
-included; only the weights are made on the GPU instead of read, and no checkpoint is written. SmolLM2's tokenizer stands
-in for Llama's: its ids are a part of Llama's vocabulary, and rows come out about as long.
-rows/s is that of the last two thirds of the steps: the first third pays for compiling and autotuning kernels.
+The folders are the demo's, in ~/.cache/lowmem_finetuning (run a --demo once). Each case is the real script in a process
+of its own, training and evaluation included; only the weights are made on the GPU instead of read, and no checkpoint is
+written. SmolLM2's tokenizer stands in for Llama's: its ids are a part of Llama's vocabulary, and rows come out about as
+long. rows/s is that of the last two thirds of the steps: the first third pays for compiling and autotuning kernels.
 """
 
 import argparse
