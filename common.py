@@ -337,8 +337,8 @@ class Head:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def pieces(self, hidden, targets):
-        """hidden [n, width] and targets [n] in pieces whose fp32 logits take at most 64 MiB."""
-        size = max(1, 2**24 // self.weight.shape[0])
+        """hidden [n, width] and targets [n] in pieces whose fp32 logits take at most 32 MiB."""
+        size = max(1, 2**23 // self.weight.shape[0])
         return zip(hidden.split(size), targets.split(size), strict=True)
 
     def log_probs(self, hidden, targets):
@@ -601,7 +601,7 @@ def batch_order(lengths, batch_size, seed, epoch):
 
 
 @torch.no_grad()
-def evaluate(model, head, rows, device, limit, precision, tokens_per_batch=2048):
+def evaluate(model, head, rows, device, limit, precision, tokens_per_batch=1024):
     """[[four summed log-probabilities]] of `rows` (EvalRow), each an fp32 sum over the continuation's tokens.
 
     Sequences of like length go together, about `tokens_per_batch` tokens at a time, and logits are made for the
