@@ -86,8 +86,10 @@ _rate = _number(float, 0, "a number above 0")
 
 
 def _run_name(text):
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", text) or set(text) == {"."}:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a run name: use letters, digits, '.', '_' and '-' only")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", text) or set(text) == {"."}:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a run name: use up to 100 letters, digits, '.', '_' and '-' only"
+        )
     return text
 
 
@@ -164,7 +166,8 @@ def parse_arguments(parser, argv=None):
         raise UserError(f"--resume: there is no run {run_dir}; leave --resume out to start it")
     if not args.resume and run_dir.exists():
         raise UserError(f"{run_dir} exists: take another --run-name, or go on with it with --resume")
-    if not os.access(next(p for p in [run_dir.resolve(), *run_dir.resolve().parents] if p.exists()), os.W_OK):
+    existing = next(p for p in [run_dir.resolve(), *run_dir.resolve().parents] if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"{run_dir} cannot be written: choose another --output_dir")
     if args.resume and (checkpoint := last_checkpoint(run_dir)):
         check_resume(args, checkpoint)
@@ -215,10 +218,12 @@ def _explain_loading(what, name):
         if Path(name).exists():
             raise UserError(f"{what} {name} cannot be loaded: {text}") from error
         advice = "without an account, try --demo"
+        if what == "model":
+            advice = "Llama also needs an accepted licence and `hf auth login`; " + advice
         if any(isinstance(e, GatedRepoError) for e in chain) or "gated repo" in text:
             raise UserError(
                 f"{what} {name} is gated: accept its licence on its hub page, then log in with `hf auth login`; "
-                f"{advice}"
+                "without an account, try --demo"
             ) from error
         if any(isinstance(e, RepositoryNotFoundError) for e in chain):
             raise UserError(
@@ -228,7 +233,7 @@ def _explain_loading(what, name):
         if any(isinstance(e, HfHubHTTPError | OSError) for e in chain) or "offline" in text.lower():
             raise UserError(
                 f"{what} {name}: no such folder here, and the hub cannot be reached or lacks it "
-                f"({type(chain[-1]).__name__}); Llama also needs an accepted licence and `hf auth login`; {advice}"
+                f"({type(chain[-1]).__name__}); {advice}"
             ) from error
         raise UserError(f"{what} {name} cannot be loaded: {text}") from error
 
@@ -276,8 +281,16 @@ def load_model(name, dtype):
         raise UserError(
             f"the weights of {name} lack {len(missing)} tensors of the model, {missing[0]} first: they would be random"
         )
-    model.config.use_cache = False
     return model
+
+
+def checkpoint_activations(model, **options):
+    """Turn on gradient checkpointing (torch.utils.checkpoint's `options`) and training mode. Raises UserError."""
+    try:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
+    except ValueError as error:
+        raise UserError(f"{type(model).__name__} is not supported: {error}") from error
+    model.train()
 
 
 def decoder_layers(model):
@@ -352,6 +365,37 @@ class Head:
         return -self.log_probs(hidden, targets).mean()
 
 
+def check_causal(model, data, batch, precision):
+    """Refuse a model that does not take the data's ids, or in which a position sees later ones and so its answer.
+
+    Training and evaluation pad on the right without a mask, which causality alone makes right. Raises UserError.
+    """
+    name, size = type(model).__name__, model.get_input_embeddings().num_embeddings
+    if largest_id(data) >= size:
+        raise UserError(
+            f"the tokenizer gives ids up to {largest_id(data)} where {name} knows {size}: they do not belong together"
+        )
+    was_training, half = model.training, batch.ids.shape[1] // 2
+    changed = batch.ids.clone()
+    changed[:, half:] = (changed[:, half:] + 1) % size
+    model.eval()
+    try:
+        with torch.no_grad(), precision():
+            before, after = (
+                model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :half].float()
+                for ids in (batch.ids, changed)
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{name} is not supported: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        model.train(was_training)
+    # equal shapes run the same kernels; 1 % leaves room for those whose sums run in another order
+    if (before - after).norm() > 0.01 * before.norm():
+        raise UserError(f"{name} is not supported: it is not causal, a token changes what comes before it")
+
+
 def check_head(model, head, batch, precision, losses):
     """Refuse an architecture whose own loss differs from ours on one small batch.
 
@@ -368,7 +412,7 @@ def check_head(model, head, batch, precision, losses):
     try:
         with torch.no_grad(), precision():
             hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state[positions]
-            for gain in (1.0, 50 / head.logits(hidden).abs().max().item()):  # noqa: B007 (the hook reads it)
+            for gain in (1.0, 50 / max(head.logits(hidden).abs().max().item(), 1e-6)):  # noqa: B007 (the hook reads it)
                 own = F.cross_entropy(
                     model(input_ids=batch.ids, use_cache=False).logits[positions].float(), targets
                 ).item()
@@ -496,6 +540,12 @@ def load_rows(args, split):
         row["label"] = int(row["label"])
         row["ind"] = row.get("ind", number)
     return rows
+
+
+def largest_id(data):
+    """The largest token id in (training sequences, evaluation rows)."""
+    train, validation = data
+    return max(max(s.ids) for s in [*train, *(s for row in validation for s in row.sequences)])
 
 
 def load_data(args, tokenizer, limit):
@@ -703,7 +753,8 @@ def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None):
         p_square += p[block].float().square().sum()
     finite = (u_square + p_square + new_row.sum() + new_col.sum()).isfinite()
     norm = p_square.sqrt().clamp(min=1e-3 * math.sqrt(rows * cols))
-    scale = lr * norm / u_square.sqrt().clamp(min=FLOOR)
+    # A norm that fp32 cannot hold has no direction to trust: such a gradient moves nothing
+    scale = torch.where(u_square > FLOOR, lr * norm / u_square.sqrt(), 0.0)
 
     for block in blocks:
         moved = p[block].float() - torch.where(finite, update(block).mul_(scale), 0.0)
@@ -724,6 +775,8 @@ class Adafactor(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr, beta2=0.99, rounding="stochastic", seed=0):
+        if rounding not in ("stochastic", "nearest"):
+            raise ValueError(f"rounding is 'stochastic' or 'nearest', not {rounding!r}")
         super().__init__(params, {"lr": lr, "beta2": beta2, "rounding": rounding})
         self.seed, device = seed, self.param_groups[0]["params"][0].device
         self.generator = torch.Generator(device)
@@ -832,7 +885,10 @@ def last_checkpoint(run_dir):
 
 def check_resume(args, folder):
     """Refuse to go on from checkpoint `folder` with settings that change what is trained. Raises UserError."""
-    saved = json.loads((folder / "state.json").read_text())["args"]
+    state = json.loads((folder / "state.json").read_text())
+    saved, epoch = state["args"], state["progress"]["epoch"]
+    if args.epochs < epoch:
+        raise UserError(f"--resume: {folder.parents[1]} is in epoch {epoch} already: --epochs must be at least that")
     differing = [
         f"--{k} {saved.get(k)} is now {v}" for k, v in vars(args).items() if k not in MAY_DIFFER and saved.get(k) != v
     ]
@@ -955,7 +1011,13 @@ class Run:
         self.metrics = open(self.dir / "metrics.jsonl", "a")  # noqa: SIM115 (open as long as the run)
         self.metrics.truncate(self.progress["metrics_bytes"])
         self.metrics.seek(0, os.SEEK_END)
-        self.board = SummaryWriter(str(self.dir), purge_step=self.progress["step"] + 1 if args.resume else None)
+        self.board = SummaryWriter(str(self.dir), purge_step=self.progress["step"] if args.resume else None)
+        if args.resume:  # purging takes the last kept step's points too: they are written again
+            for line in (self.dir / "metrics.jsonl").read_text().splitlines():
+                values = json.loads(line)
+                if values.pop("step") == self.progress["step"]:
+                    values.pop("epoch")
+                    self._to_board(values)
         self.loss_sum = torch.tensor(self.progress["loss_sum"], device=self.device)
         self.saved_step = self.progress["step"] if checkpoint else None
 
@@ -1042,6 +1104,11 @@ class Run:
                     json.dumps({"ind": row.ind, "label": row.label, "loglikelihoods": row_scores, "chars": row.chars})
                     + "\n"
                 )
+        if not all(math.isfinite(score) for row_scores in scores for score in row_scores):
+            raise UserError(
+                f"evaluation after {self.progress['step']} steps gives scores that are not finite: the run has "
+                "diverged; start again with a smaller --lr"
+            )
         result = accuracy(self.validation, scores)
         print(
             f"epoch {epoch}: acc {result['acc']:.2f} %, acc_norm {result['acc_norm']:.2f} %, "
@@ -1101,6 +1168,9 @@ class Run:
         epoch = self.progress["epoch"] if epoch is None else epoch
         self.metrics.write(json.dumps({"step": self.progress["step"], "epoch": epoch, **values}) + "\n")
         self.metrics.flush()
+        self._to_board(values)
+
+    def _to_board(self, values):
         for name, value in values.items():
             self.board.add_scalar(("eval/" if "acc" in values else "train/") + name, value, self.progress["step"])
 

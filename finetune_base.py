@@ -41,11 +41,12 @@ def main(argv=None):
     trained = common.choose_trained(model, args.trained)
     model.to(device)
     head = common.Head(model)
-    common.check_head(model, head, common.small_batch(data, limit).to(device), precision, {"evaluation": head.mean_nll})
+    batch = common.small_batch(data, limit).to(device)
+    common.check_causal(model, data, batch, precision)
+    common.check_head(model, head, batch, precision, {"evaluation": head.mean_nll})
 
     # Gradient checkpointing, as in the reference baseline; no other memory technique
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
+    common.checkpoint_activations(model)
 
     optimizer = OPTIMIZERS[args.optimizer](trained.values(), lr=args.lr)
     gradients = ("gradients", common.size_in_bytes(trained.values()))

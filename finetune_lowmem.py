@@ -142,6 +142,16 @@ def check_techniques(model, head, trained, optimizer, batch):
     for handle in handles:
         handle.remove()
 
+    ones, (rows, cols) = (
+        torch.ones(64, 64, dtype=torch.bfloat16, device=loss.device),
+        torch.zeros(2, 64, device=loss.device),
+    )
+    settings = {**{k: v for k, v in optimizer.param_groups[0].items() if k in ("beta2", "rounding")}, "lr": 1e-4}
+    common.adafactor_update(ones, torch.ones_like(ones), rows, cols, **settings)
+    if (settings["rounding"] == "stochastic") != (
+        0 < (ones != 1).sum() < 500
+    ):  # a step of 0.026 ulp: 105 of 4,096 move
+        problems.append("stochastic rounding is off, or on in spite of --nostround")
     if len(forwards) != 2:
         problems.append(f"gradient checkpointing is off: a layer ran {len(forwards)} times instead of twice")
     if wrong := [name for name, count in fired.items() if count != 1]:
@@ -170,19 +180,18 @@ def main(argv=None):
     data = common.load_data(args, tokenizer, limit)
     model = common.load_model(args.model, torch.bfloat16)
     trained = common.choose_trained(model, args.trained)
-    keep_on_host(model, device)
     head = common.Head(model)
+    keep_on_host(model, device)
     batch = common.small_batch(data, limit).to(device)
     losses = {
         "evaluation": head.mean_nll,
         "linear cross entropy": lambda hidden, targets: target_loss(head, hidden, targets),
     }
+    common.check_causal(model, data, batch, precision)
     common.check_head(model, head, batch, precision, losses)
 
     # Gradient checkpointing; layers run again in backward in the same precision
-    rerun = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), precision())}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=rerun)
-    model.train()
+    common.checkpoint_activations(model, context_fn=lambda: (nullcontext(), precision()))
 
     # Adafactor with stochastic rounding, run inside backward
     optimizer = common.Adafactor(

@@ -210,6 +210,14 @@ def test_zero_gradients_and_zero_weights():
     zero.grad = torch.randn(8, 8)
     optimizer.step()
     assert zero.norm().item() == pytest.approx(1e-2 * 1e-3 * 8, rel=1e-5)
+    for first, second in ((1.0, 1e-25), (1e-3, 1e-28)):  # a square that fp32 cannot hold once blew the weights up
+        small = torch.nn.Parameter(torch.randn(64, 64))
+        optimizer = Adafactor([small], lr=1e-4)
+        for size in (first, second):
+            before_small = small.detach().clone()
+            small.grad = size * torch.randn(64, 64)
+            optimizer.step()
+            assert (small - before_small).norm() <= 1.001e-4 * before_small.norm()
     p.grad = torch.randn(8, 8)
     p.grad[3] = 0  # a row without gradient stays where it is
     before = p.detach().clone()
@@ -241,7 +249,12 @@ def test_a_learning_rate_scheduler_works():
         assert ((p - before).norm() / before.norm()).item() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("columns", [1, 7, 1000])
+def test_unknown_rounding_is_refused():
+    with pytest.raises(ValueError, match="stocastic"):
+        Adafactor([torch.nn.Parameter(torch.ones(2))], lr=1.0, rounding="stocastic")
+
+
+@pytest.mark.parametrize("columns", [7, 1000])
 def test_no_temporary_is_as_large_as_the_tensor(columns, monkeypatch):
     """Largest tensor any operation makes during an update, counted at the dispatcher."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -113,6 +113,7 @@ def test_the_saved_model_scores_what_the_run_reported(run, script, model_folder,
         k: summary["eval"][1][k] for k in ("acc", "acc_norm", "gold_nll")
     }
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert model.config.use_cache
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == (
         architecture == "llama-tied"
     )
@@ -322,6 +323,32 @@ def test_metrics_have_no_gap_when_resumed_twice_between_log_lines(run):
     assert losses[0] == losses[1]
 
 
+def test_tensorboard_has_no_gap_and_no_repeat_when_resumed(run, tmp_path):
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    flags = ("--epochs", 2, "--batch_size", 4)
+    run("finetune_lowmem", "whole", *flags)
+    run("finetune_lowmem", "parts", *flags, "--max_steps", 4)
+    run("finetune_lowmem", "parts", *flags, "--resume")
+    run("finetune_lowmem", "parts", *flags, "--resume")
+    board = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    for tag in ("eval/acc", "train/train_loss"):
+        assert [event.step for event in board.Scalars("parts", tag)] == [
+            event.step for event in board.Scalars("whole", tag)
+        ]
+
+
+def test_resume_with_fewer_epochs_than_done_is_refused(run):
+    run("finetune_lowmem", "r", "--epochs", 2, "--batch_size", 30)
+    with pytest.raises(common.UserError, match="is in epoch 2 already"):
+        run("finetune_lowmem", "r", "--epochs", 1, "--batch_size", 30, "--resume")
+
+
+def test_a_diverged_run_says_so(run):
+    with pytest.raises(common.UserError, match="has diverged; start again with a smaller --lr"):
+        run("finetune_base", "r", "--optimizer", "SGD", "--epochs", 1, "--lr", 1e18)
+
+
 def test_large_checkpoints_are_split(run, monkeypatch):
     monkeypatch.setattr(common, "SHARD", 10_000)
     _, whole = run("finetune_lowmem", "whole", "--epochs", 1)
@@ -360,6 +387,8 @@ BAD_ARGUMENTS = {
     "run name outside": (["--run-name", "../x"], "'../x' is not a run name"),
     "run name empty": (["--run-name", ""], "'' is not a run name"),
     "run name dots": (["--run-name", ".."], "'..' is not a run name"),
+    "run name too long": (["--run-name", "a" * 300], "is not a run name"),
+    "output_dir is a file": (["--output_dir", __file__], "cannot be written"),
     "run name spaces": (["--run-name", "a b"], "'a b' is not a run name"),
     "unknown flag": (["--batchsize", "3"], "unknown argument --batchsize"),
     "stray word": (["word"], "unknown argument word"),

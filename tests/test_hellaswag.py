@@ -147,3 +147,30 @@ def test_any_text_is_formatted_and_collated(activity, ctx_a, ctx_b, endings, lab
 def make_tokenizer_once(made=[]):  # noqa: B006 (hypothesis runs the test many times)
     made or made.append(make_tokenizer())
     return made[0]
+
+
+def test_evaluation_makes_no_array_of_rows_by_tokens_by_vocabulary(tokenizer, monkeypatch):
+    """The largest tensor of an evaluation, seen at the dispatcher: a piece of logits, bounded whatever the batch."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            largest = max(largest, out.numel() if torch.is_tensor(out) else 0)
+            return out
+
+    model, rows = make_model(), [row | {"label": int(row["label"])} for row in many_rows(32)]
+    prepared, head = common.evaluation_rows(rows, tokenizer, 128), common.Head(model)
+    pieces = lambda hidden, targets: zip(hidden.split(16), targets.split(16), strict=True)  # noqa: E731
+    monkeypatch.setattr(head, "pieces", pieces)
+    with Watch():
+        common.evaluate(model, head, prepared, CPU, 128, torch.no_grad)
+    tokens = sum(len(s.ids) for row in prepared for s in row.sequences)
+    assert 16 * 400 <= largest < 0.1 * tokens * 400
+    assert (
+        max(h.shape[0] for h, _ in common.Head(model).pieces(torch.zeros(50_000, 32), torch.zeros(50_000))) * 400
+        <= 2**23
+    )

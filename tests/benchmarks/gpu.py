@@ -59,7 +59,6 @@ def random_model(name, dtype):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=dtype)
     if model.get_input_embeddings().weight is not model.get_output_embeddings().weight:
         model.get_input_embeddings().cpu()
-    model.config.use_cache = False
     return model
 
 
