@@ -53,7 +53,18 @@ def main(argv=None):
 
     # Train
     run = common.Run(
-        args, "finetune_base", model, head, tokenizer, trained, optimizer, gradients, data, limit, precision, memory
+        args,
+        "finetune_base",
+        model=model,
+        head=head,
+        tokenizer=tokenizer,
+        trained=trained,
+        optimizer=optimizer,
+        gradients=gradients,
+        data=data,
+        limit=limit,
+        precision=precision,
+        memory=memory,
     )
     run.evaluate(epoch=0)
     for epoch in run.epochs():

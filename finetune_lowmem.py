@@ -16,50 +16,14 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import common
 
 
-class Fp32Products(TorchFunctionMode):
-    """Matrix products of bf16 tensors in fp32, results in bf16 again.
-
-    For CPUs: without bf16 instructions torch's bf16 products run at 1 to 20 GFLOP/s on two cores where fp32 ones run at
-    50 to 130 (EPYC of the Zen 3 family, torch 2.13). Weights and activations stay bf16.
-    """
-
-    PRODUCTS = {
-        F.linear,
-        F.scaled_dot_product_attention,
-        torch.matmul,
-        torch.Tensor.matmul,
-        torch.Tensor.__matmul__,
-        torch.bmm,
-        torch.Tensor.bmm,
-        torch.baddbmm,
-        torch.Tensor.baddbmm,
-        torch.addmm,
-        torch.mm,
-        torch.Tensor.mm,
-    }
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func not in self.PRODUCTS or not any(_is_bf16(x) for x in (*args, *kwargs.values())):
-            return func(*args, **kwargs)
-        args = [x.float() if _is_bf16(x) else x for x in args]
-        kwargs = {name: x.float() if _is_bf16(x) else x for name, x in kwargs.items()}
-        return func(*args, **kwargs).bfloat16()
-
-
-def _is_bf16(x):
-    return torch.is_tensor(x) and x.dtype == torch.bfloat16
-
-
 def precision():
     """Context of each forward pass: bf16 as it is on a GPU, bf16 with fp32 products on a CPU."""
-    return nullcontext() if torch.cuda.is_available() else Fp32Products()
+    return nullcontext() if torch.cuda.is_available() else common.Fp32Products()
 
 
 def target_loss(head, hidden, targets):
@@ -114,6 +78,14 @@ def keep_on_host(model, device):
         embeddings.register_forward_hook(lambda module, args, output: output.to(device))
 
 
+def rounds_stochastically(optimizer, device):
+    """Whether the optimizer's update really rounds up and down: a step of 0.026 ulp moves some 105 of 4,096 weights."""
+    weights, (row, col) = torch.ones(64, 64, dtype=torch.bfloat16, device=device), torch.zeros(2, 64, device=device)
+    group = optimizer.param_groups[0]
+    common.adafactor_update(weights, torch.ones_like(weights), row, col, 1e-4, group["beta2"], group["rounding"])
+    return 0 < (weights != 1).sum().item() < 500
+
+
 def check_techniques(model, head, trained, optimizer, batch):
     """Refuse to train unless each technique is really active, by one step at learning rate 0; leaves all as it was."""
     problems, fired, forwards = [], dict.fromkeys(trained, 0), []
@@ -142,15 +114,7 @@ def check_techniques(model, head, trained, optimizer, batch):
     for handle in handles:
         handle.remove()
 
-    ones, (rows, cols) = (
-        torch.ones(64, 64, dtype=torch.bfloat16, device=loss.device),
-        torch.zeros(2, 64, device=loss.device),
-    )
-    settings = {**{k: v for k, v in optimizer.param_groups[0].items() if k in ("beta2", "rounding")}, "lr": 1e-4}
-    common.adafactor_update(ones, torch.ones_like(ones), rows, cols, **settings)
-    if (settings["rounding"] == "stochastic") != (
-        0 < (ones != 1).sum() < 500
-    ):  # a step of 0.026 ulp: 105 of 4,096 move
+    if rounds_stochastically(optimizer, loss.device) != (optimizer.param_groups[0]["rounding"] == "stochastic"):
         problems.append("stochastic rounding is off, or on in spite of --nostround")
     if len(forwards) != 2:
         problems.append(f"gradient checkpointing is off: a layer ran {len(forwards)} times instead of twice")
@@ -203,7 +167,18 @@ def main(argv=None):
 
     # Train
     run = common.Run(
-        args, "finetune_lowmem", model, head, tokenizer, trained, optimizer, gradients, data, limit, precision, memory
+        args,
+        "finetune_lowmem",
+        model=model,
+        head=head,
+        tokenizer=tokenizer,
+        trained=trained,
+        optimizer=optimizer,
+        gradients=gradients,
+        data=data,
+        limit=limit,
+        precision=precision,
+        memory=memory,
     )
     run.evaluate(epoch=0)
     for epoch in run.epochs():

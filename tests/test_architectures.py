@@ -256,13 +256,13 @@ def test_fp32_products_are_exact_products_of_bf16_values():
     torch.manual_seed(0)
     a, w = torch.randn(50, 300).bfloat16(), torch.randn(40, 300).bfloat16()
     truth = (a.double() @ w.double().T).to(torch.bfloat16)
-    with finetune_lowmem.Fp32Products():
+    with common.Fp32Products():
         results = [F.linear(a, w), a @ w.T, torch.matmul(a, w.T), torch.addmm(torch.zeros(40).bfloat16(), a, w.T)]
     for result in results:
         assert result.dtype == torch.bfloat16
         # fp32 sums round to another bf16 value than the truth for a few in 10,000
         assert (result != truth).double().mean() < 5e-3
-    with finetune_lowmem.Fp32Products():
+    with common.Fp32Products():
         assert (a.float() @ w.float().T).dtype == torch.float32
 
 

@@ -344,9 +344,10 @@ def test_resume_with_fewer_epochs_than_done_is_refused(run):
         run("finetune_lowmem", "r", "--epochs", 1, "--batch_size", 30, "--resume")
 
 
-def test_a_diverged_run_says_so(run):
+def test_a_diverged_run_says_so(run, tmp_path):
     with pytest.raises(common.UserError, match="has diverged; start again with a smaller --lr"):
         run("finetune_base", "r", "--optimizer", "SGD", "--epochs", 1, "--lr", 1e18)
+    assert not list(tmp_path.glob("r/eval_epoch1.jsonl"))
 
 
 def test_large_checkpoints_are_split(run, monkeypatch):
