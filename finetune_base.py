@@ -56,14 +56,13 @@ def main(argv=None):
         args,
         "finetune_base",
         model=model,
-        head=head,
         tokenizer=tokenizer,
         trained=trained,
         optimizer=optimizer,
         gradients=gradients,
         data=data,
         limit=limit,
-        precision=precision,
+        log_probs_of=lambda batch: common.target_log_probs(model, head, batch, precision),
         memory=memory,
     )
     run.evaluate(epoch=0)

@@ -10,9 +10,14 @@ The five techniques, in the order of this file:
   4. gradient checkpointing  the activations of one layer at a time                         `main`
   5. small batches           8 rows; Adafactor's state is a row and a column per matrix     `main`
 Embeddings that are neither trained nor tied to the head stay in host memory (`keep_on_host`).
+
+What a GPU also gets, so that CUDA takes little of it and the host never keeps it waiting: `shrink_context`,
+`leave_out_masks`, `compile_layers`, `Graphs`.
 """
 
-from contextlib import nullcontext
+import ctypes
+import os
+from contextlib import nullcontext, suppress
 
 import torch
 import torch.nn.functional as F
@@ -20,37 +25,48 @@ from torch.utils.checkpoint import checkpoint
 
 import common
 
+COMPILING_PAYS = 2000  # steps: it takes 10 to 50 s at the start, and saves 4 ms a step of a 1B model on an H100
+
 
 def precision():
     """Context of each forward pass: bf16 as it is on a GPU, bf16 with fp32 products on a CPU."""
     return nullcontext() if torch.cuda.is_available() else common.Fp32Products()
 
 
-def target_loss(head, hidden, targets):
-    """Mean cross entropy of targets [n] after hidden [n, width], without an [n, vocabulary] array in memory.
+# ---------------------------------------------------------------------------------------------------------------------
+# The memory techniques
+
+
+def target_loss(head, hidden, targets, weights):
+    """Cross entropy of targets [n] after hidden [n, width], summed with weights [n]; no [n, vocabulary] array exists.
 
     On a GPU cut-cross-entropy's kernel (Wijmans et al. 2024), which keeps logits on chip; where it cannot run (no GPU,
     or a head with a bias) a piece of the positions at a time, each piece's logits made again in backward.
     """
     if hidden.is_cuda and head.bias is None:
-        from cut_cross_entropy import linear_cross_entropy  # needs triton, which only a GPU's machine must have
+        from cut_cross_entropy.cce import CCEParams, linear_cross_entropy_apply  # needs triton, as only a GPU has
 
-        # filter_eps=None: by default small gradients are dropped, and Adafactor scales a rare token's row up to size
-        return linear_cross_entropy(hidden * head.scale, head.weight, targets, softcap=head.softcap, filter_eps=None)
+        # Not linear_cross_entropy itself: it looks for ignored targets, and the host would wait for the answer.
+        # filter_eps=None: by default small gradients are dropped, and Adafactor scales a rare token's row up to size.
+        params = CCEParams(targets, None, head.softcap, "none", filter_eps=None, shift=False, batch_shape=targets.shape)
+        return (linear_cross_entropy_apply(hidden * head.scale, head.weight, params) * weights).sum()
     total = hidden.new_zeros((), dtype=torch.float32)
-    for h, t in head.pieces(hidden, targets):
+    for h, t, w in zip(*head.pieces(hidden, targets, weights), strict=True):
         total = total + checkpoint(
-            lambda h, t: F.cross_entropy(head.logits(h), t, reduction="sum"), h, t, use_reentrant=False
+            lambda h, t, w: (F.cross_entropy(head.logits(h), t, reduction="none") * w).sum(),
+            h,
+            t,
+            w,
+            use_reentrant=False,
         )
-    return total / len(targets)
+    return total
 
 
 def training_loss(model, head, batch):
     """Mean cross entropy over the batch's target tokens, from the hidden states that predict them."""
     with precision():
         hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-    positions = (batch.labels != common.IGNORE).nonzero(as_tuple=True)
-    return target_loss(head, hidden[positions], batch.labels[positions])
+    return target_loss(head, hidden.flatten(0, 1)[batch.positions], batch.targets, batch.weights)
 
 
 def update_in_backward(optimizer, trained):
@@ -67,29 +83,133 @@ def update_in_backward(optimizer, trained):
 
 
 def keep_on_host(model, device):
-    """Move the model to `device` but for untied, untrained input embeddings, which look rows up in host memory."""
+    """Move the model to `device`, but let a GPU read untied, untrained input embeddings from host memory, row by row.
+
+    They go to the GPU where looking up is more than copying rows (Gemma scales them). Returns whether they stay.
+    """
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    on_host = not embeddings.weight.requires_grad and embeddings.weight is not head.weight
+    on_host = (
+        device.type == "cuda"
+        and not embeddings.weight.requires_grad
+        and embeddings.weight is not head.weight
+        and type(embeddings) is torch.nn.Embedding
+    )
     for module in [m for m in model.modules() if not (on_host and m is embeddings)]:
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             tensor.data = tensor.data.to(device)
     if on_host:
-        embeddings.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.device),))
-        embeddings.register_forward_hook(lambda module, args, output: output.to(device))
+        embeddings.weight.data = embeddings.weight.data.cpu().pin_memory()
+        embeddings.forward = lambda ids: common.rows_from_host(embeddings.weight, ids)
+    return on_host
+
+
+def shrink_context():
+    """Make CUDA take less of the GPU for itself: on an H100 0.6 GiB instead of 1.0, cuBLAS's workspaces included."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:1")  # 4 MiB instead of 32, twice for each thread and stream
+    torch.autograd.set_multithreading_enabled(False)  # backward on this thread, with its workspace
+    torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be captured on the default stream: one other for all
+    # Local memory is set aside for all threads that the GPU can hold, 2,048 x 132 on an H100, at 1,024 bytes each. CUDA
+    # enlarges it by itself for a kernel that needs more than these 256.
+    with suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuCtxSetLimit(0, ctypes.c_size_t(256))  # 0: CU_LIMIT_STACK_SIZE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What keeps the GPU busy
+
+
+def leave_out_masks(model, longest):
+    """Let attention know by itself that it is causal: with the padding on the right no mask is needed.
+
+    transformers makes a mask in each forward pass, and for it looks at the positions on the host: the GPU would wait. A
+    model that attends to fewer than `longest` tokens keeps its masks.
+    """
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if config._attn_implementation == "sdpa" and all(window is None or window >= longest for window in windows):
+        AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
+        model.set_attn_implementation("sdpa_without_mask")
+
+
+def compile_layers(model, backend="inductor"):
+    """Compile what lies between the matrix products of each decoder layer: norms, rotations, activation functions.
+
+    The products stay out, so that each weight's gradient comes, is used and is released by itself. A layer compiled as
+    a whole hands over all of its gradients together, 0.4 GiB in an 8B model.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(common.cache_folder() / "compiled"))  # survives a reboot
+    for layer in common.decoder_layers(model):
+        for module in layer.modules():
+            if any(p.ndim > 1 for p in module.parameters(recurse=False)):
+                module.forward = torch.compiler.disable(module.forward)
+        layer.compile(dynamic=True, backend=backend)
+
+
+class Graphs:
+    """`function(batch)` -> tensor, replayed as CUDA graphs: one launch instead of thousands.
+
+    One graph for each shape of ids. A shape's first batch runs as it is, which compiles and loads what it needs; the
+    second is captured. Graphs and those first runs take all their memory from `pool`, one after the other, so that
+    together they need no more than the largest. The list of targets is padded to `targets`-fold lengths.
+    """
+
+    def __init__(self, function, pool, targets=128):
+        self.function, self.pool, self.targets = function, pool, targets
+        self.seen, self.graphs = set(), {}
+
+    def __call__(self, batch):
+        shape, count = batch.ids.shape, len(batch.targets)
+        batch = common.pad_targets(batch, -(-count // self.targets) * self.targets)
+        if shape not in self.seen:
+            self.seen.add(shape)
+            with torch.cuda.use_mem_pool(self.pool):
+                result = self.function(batch)
+        else:
+            if shape not in self.graphs or len(self.graphs[shape][1].targets) < count:
+                self.graphs[shape] = self._capture(batch)
+            graph, inputs, result = self.graphs[shape]
+            batch = common.pad_targets(batch, len(inputs.targets))
+            for name in ("ids", "positions", "targets", "weights"):
+                getattr(inputs, name).copy_(getattr(batch, name))
+            graph.replay()
+        return result[:count].clone() if result.ndim else result.clone()  # the next run overwrites the pool
+
+    def _capture(self, batch):
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool.id, stream=torch.cuda.current_stream()):
+                return graph, batch, self.function(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise common.UserError(
+                f"a step of this model cannot be captured as a CUDA graph ({str(error).splitlines()[0]}): run it again "
+                "with --no_compile"
+            ) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
 
 
 def rounds_stochastically(optimizer, device):
     """Whether the optimizer's update really rounds up and down: a step of 0.026 ulp moves some 105 of 4,096 weights."""
-    weights, (row, col) = torch.ones(64, 64, dtype=torch.bfloat16, device=device), torch.zeros(2, 64, device=device)
+    weights = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16, device=device))
+    weights.grad = torch.ones_like(weights)
     group = optimizer.param_groups[0]
-    common.adafactor_update(weights, torch.ones_like(weights), row, col, 1e-4, group["beta2"], group["rounding"])
+    common.Adafactor([weights], 1e-4, group["beta2"], group["rounding"], fused=optimizer.fused).step()
     return 0 < (weights != 1).sum().item() < 500
 
 
-def check_techniques(model, head, trained, optimizer, batch):
-    """Refuse to train unless each technique is really active, by one step at learning rate 0; leaves all as it was."""
+def check_techniques(model, head, trained, optimizer, batch, on_host):
+    """Refuse to train unless each technique is really active, by one step at learning rate 0; leaves all as it was.
+
+    on_host: whether the input embeddings are to be in host memory.
+    """
     problems, fired, forwards = [], dict.fromkeys(trained, 0), []
-    embeddings = model.get_input_embeddings().weight
 
     def after_update(name, p):
         fired[name] += 1
@@ -124,19 +244,35 @@ def check_techniques(model, head, trained, optimizer, batch):
         problems.append(f"{wrong[0]} is {trained[wrong[0]].dtype} instead of bf16")
     if wrong := [name for name, p in model.named_parameters() if p.grad is not None]:
         problems.append(f"{wrong[0]} keeps a gradient")
-    if loss.is_cuda and head.bias is None and "LinearCrossEntropy" not in loss.grad_fn.name():
+    if loss.is_cuda and head.bias is None and "LinearCrossEntropy" not in _names_in_graph(loss):
         problems.append("cut-cross-entropy is off")
-    if loss.is_cuda and embeddings is not head.weight and not embeddings.requires_grad and embeddings.is_cuda:
+    if on_host and model.get_input_embeddings().weight.is_cuda:
         problems.append("untrained embeddings are on the GPU")
     if problems:
         raise common.UserError(f"{type(model).__name__} cannot be trained in low memory: {problems[0]}")
 
 
+def _names_in_graph(loss):
+    """Names of the autograd nodes of the loss and of the two steps before it."""
+    nodes, names = [loss.grad_fn], []
+    for _ in range(3):
+        names += [node.name() for node in nodes]
+        nodes = [parent for node in nodes for parent, _ in node.next_functions if parent is not None]
+    return " ".join(names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def main(argv=None):
     parser = common.argument_parser(__doc__.splitlines()[0], batch_size=8, lr=1e-4, demo_lr=3e-4, log_every=400)
     parser.add("--nostround", action="store_true", help="round to nearest instead of stochastically: the ablation")
+    parser.add("--no_compile", action="store_true", help="run the model as it is: no torch.compile, no CUDA graphs")
     args = common.parse_arguments(parser, argv)
     device = common.set_up(args)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        shrink_context()
     memory = common.Memory(device)
 
     # Data and model, the weights in bf16
@@ -145,46 +281,69 @@ def main(argv=None):
     model = common.load_model(args.model, torch.bfloat16)
     trained = common.choose_trained(model, args.trained)
     head = common.Head(model)
-    keep_on_host(model, device)
+    on_host = keep_on_host(model, device)
+    leave_out_masks(model, longest=common.longest_sequence(data))
     batch = common.small_batch(data, limit).to(device)
     losses = {
         "evaluation": head.mean_nll,
-        "linear cross entropy": lambda hidden, targets: target_loss(head, hidden, targets),
+        "linear cross entropy": lambda hidden, targets: target_loss(head, hidden, targets, batch.weights),
     }
     common.check_causal(model, data, batch, precision)
     common.check_head(model, head, batch, precision, losses)
 
     # Gradient checkpointing; layers run again in backward in the same precision
-    common.checkpoint_activations(model, context_fn=lambda: (nullcontext(), precision()))
+    common.checkpoint_activations(
+        model, context_fn=lambda: (nullcontext(), precision()), preserve_rng_state=common.has_dropout(model)
+    )
 
     # Adafactor with stochastic rounding, run inside backward
     optimizer = common.Adafactor(
         trained.values(), lr=args.lr, rounding="nearest" if args.nostround else "stochastic", seed=args.seed
     )
     update_in_backward(optimizer, trained)
-    check_techniques(model, head, trained, optimizer, batch)
+    check_techniques(model, head, trained, optimizer, batch, on_host)
     gradients = ("largest gradient", max(common.size_in_bytes([p]) for p in trained.values()))
+
+    def step(batch):
+        loss = training_loss(model, head, batch)
+        loss.backward()  # updates the weights too
+        return loss.detach()
+
+    def log_probs_of(batch):
+        return common.target_log_probs(model, head, batch, precision)
+
+    # On a GPU, compiled and as CUDA graphs
+    graphs = on_gpu and not args.no_compile and not common.has_dropout(model)
+    if graphs:
+        steps = common.planned_steps(args, data)
+        if steps >= COMPILING_PAYS:
+            compile_layers(model)
+            log_probs_of = torch.compiler.set_stance("force_eager")(log_probs_of)  # not worth a second compilation
+        print(
+            f"{steps} steps as CUDA graphs, decoder layers {'compiled' if steps >= COMPILING_PAYS else 'not compiled'}"
+        )
+        pool = torch.cuda.MemPool()
+        step, log_probs_of = Graphs(step, pool), Graphs(log_probs_of, pool)
 
     # Train
     run = common.Run(
         args,
         "finetune_lowmem",
         model=model,
-        head=head,
         tokenizer=tokenizer,
         trained=trained,
         optimizer=optimizer,
         gradients=gradients,
         data=data,
         limit=limit,
-        precision=precision,
+        log_probs_of=log_probs_of,
         memory=memory,
+        pad_to=32 if graphs else 8,
     )
     run.evaluate(epoch=0)
     for epoch in run.epochs():
         for batch in run.batches(epoch):
-            loss = training_loss(model, head, batch)
-            loss.backward()  # updates the weights too
+            loss = step(batch)
             run.after_step(loss, batch)
         run.evaluate(epoch)
     return run.finish()

@@ -13,6 +13,13 @@ from hypothesis import given, settings
 import common
 
 CPU = torch.device("cpu")
+
+
+def log_probs_of(model, head=None):
+    head = head or common.Head(model)
+    return lambda batch: common.target_log_probs(model, head, batch, torch.no_grad)
+
+
 # Bar of the design: 1e-3. Seen here: 4e-6 (fp32 sums of up to 60 log-probabilities in another order).
 LOGLIKELIHOOD_TOLERANCE = 1e-3
 
@@ -27,7 +34,7 @@ def test_scores_equal_the_harness_row_by_row(bos, merge, architecture):
     limit = common.length_limit(model.config, tokenizer)
     prepared = common.evaluation_rows([row | {"label": int(row["label"])} for row in rows], tokenizer, limit)
     assert any(len(s.ids) == limit + 1 for row in prepared for s in row.sequences), "no row reaches the model's limit"
-    scores = common.evaluate(model, common.Head(model), prepared, CPU, limit, torch.no_grad, tokens_per_batch=300)
+    scores = common.evaluate(model, prepared, CPU, limit, log_probs_of(model), tokens_per_batch=300)
     assert torch.tensor(scores).sub(torch.tensor(expected)).abs().max() < LOGLIKELIHOOD_TOLERANCE
     ours = common.accuracy(prepared, scores)
     assert (ours["acc"], ours["acc_norm"]) == pytest.approx((accuracy["acc"], accuracy["acc_norm"]))
@@ -104,9 +111,8 @@ def test_a_long_row_is_cut_on_the_left(tokenizer):
 def test_padding_changes_no_score(tokenizer):
     model, rows = make_model(), [row | {"label": int(row["label"])} for row in many_rows(8)]
     prepared = common.evaluation_rows(rows, tokenizer, 128)
-    head = common.Head(model)
-    one_by_one = common.evaluate(model, head, prepared, CPU, 128, torch.no_grad, tokens_per_batch=1)
-    together = common.evaluate(model, head, prepared, CPU, 128, torch.no_grad, tokens_per_batch=10**6)
+    one_by_one = common.evaluate(model, prepared, CPU, 128, log_probs_of(model), tokens_per_batch=1)
+    together = common.evaluate(model, prepared, CPU, 128, log_probs_of(model), tokens_per_batch=10**6, pad_to=32)
     assert torch.tensor(one_by_one).sub(torch.tensor(together)).abs().max() < 1e-4
 
 
@@ -164,13 +170,10 @@ def test_evaluation_makes_no_array_of_rows_by_tokens_by_vocabulary(tokenizer, mo
 
     model, rows = make_model(), [row | {"label": int(row["label"])} for row in many_rows(32)]
     prepared, head = common.evaluation_rows(rows, tokenizer, 128), common.Head(model)
-    pieces = lambda hidden, targets: zip(hidden.split(16), targets.split(16), strict=True)  # noqa: E731
-    monkeypatch.setattr(head, "pieces", pieces)
+    monkeypatch.setattr(head, "pieces", lambda *tensors: [tensor.split(16) for tensor in tensors])
     with Watch():
-        common.evaluate(model, head, prepared, CPU, 128, torch.no_grad)
+        common.evaluate(model, prepared, CPU, 128, log_probs_of(model, head))
     tokens = sum(len(s.ids) for row in prepared for s in row.sequences)
     assert 16 * 400 <= largest < 0.1 * tokens * 400
-    assert (
-        max(h.shape[0] for h, _ in common.Head(model).pieces(torch.zeros(50_000, 32), torch.zeros(50_000))) * 400
-        <= 2**23
-    )
+    (pieces,) = common.Head(model).pieces(torch.zeros(50_000, 32))
+    assert max(len(h) for h in pieces) * 400 <= 2**23

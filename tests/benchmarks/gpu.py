@@ -1,15 +1,18 @@
-"""Memory and speed of both scripts on one GPU: random weights in the exact Llama shapes, real shuffled HellaSwag rows.
+"""Memory, speed and loss of both scripts on one GPU: random weights in the exact Llama shapes, real HellaSwag rows.
 
     python tests/benchmarks/gpu.py --tokenizer MODEL_FOLDER --dataset DATASET_FOLDER --out results.json
 
 The folders are the demo's, in ~/.cache/lowmem_finetuning (run a --demo once). Each case is the real script in a process
 of its own, training and evaluation included; only the weights are made on the GPU instead of read, and no checkpoint is
 written. SmolLM2's tokenizer stands in for Llama's: its ids are a part of Llama's vocabulary, and rows come out about as
-long. rows/s is that of the last two thirds of the steps: the first third pays for compiling and autotuning kernels.
+long. Steps are counted in windows of 64, within which batches of all lengths are shuffled: the first windows pay for
+compiling and capturing, the next are timed, the last is profiled. `busy` is the time of all kernels of a profiled step,
+one after the other on one stream.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,13 +34,21 @@ SHAPES = {
     "8B": LLAMA
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "tie_word_embeddings": False},
 }
-CASES = [
-    ("finetune_lowmem", "1B", ["--max_steps", "120"]),
-    ("finetune_lowmem", "1B", ["--max_steps", "120", "--trained", "all"]),
-    ("finetune_base", "1B", ["--max_steps", "45"]),
-    ("finetune_base", "1B", ["--max_steps", "60", "--optimizer", "Adafactor", "--batch_size", "8"]),
-    ("finetune_lowmem", "8B", ["--max_steps", "45"]),
-]
+# name: (script, shape, flags, (steps before timing, timed, profiled), GiB that the card may have or None)
+CASES = {
+    "low-memory 1B": ("finetune_lowmem", "1B", [], (128, 128, 64), None),
+    "low-memory 1B, not compiled": ("finetune_lowmem", "1B", [], (128, 128, 64), None),
+    "low-memory 1B, --no_compile": ("finetune_lowmem", "1B", ["--no_compile"], (16, 48, 16), None),
+    "low-memory 1B, --trained all": ("finetune_lowmem", "1B", ["--trained", "all"], (128, 64, 64), None),
+    "FP32 Adam 1B": ("finetune_base", "1B", [], (16, 48, 16), None),
+    "FP32 Adam 1B, batch 8": ("finetune_base", "1B", ["--batch_size", "8"], (16, 48, 16), None),
+    "low-memory 8B": ("finetune_lowmem", "8B", [], (128, 64, 64), 15.5),
+    "low-memory 8B, not compiled": ("finetune_lowmem", "8B", [], (128, 64, 64), 15.5),
+}
+REAL_MODEL_CASES = {  # with the demo's SmolLM2, read from --tokenizer
+    "low-memory SmolLM2": ("finetune_lowmem", None, [], (128, 192, 0), None),
+    "low-memory SmolLM2, --no_compile, eager update": ("finetune_lowmem", None, ["--no_compile"], (128, 192, 0), None),
+}
 
 
 def make_folder(shape, tokenizer, folder):
@@ -62,40 +73,185 @@ def random_model(name, dtype):
     return model
 
 
-def worker(script, shape, flags, args):
-    """Run one case in this process; print its result as the last line."""
-    stamps = []
-    plain_step = common.Run.after_step
+def device_gib():
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / common.GIB
 
-    def timed_step(run, loss, batch):
-        plain_step(run, loss, batch)
-        if run.progress["step"] in (run.args.max_steps // 3, run.args.max_steps):
+
+class Stopwatch:
+    """Wraps Run.after_step: times the middle steps of a run and profiles the last."""
+
+    def __init__(self, before, timed, profiled):
+        self.first, self.last, self.profiled = before, before + timed, profiled
+        self.stamps, self.losses, self.kernels, self.context, self.longest = [], [], {}, None, 0
+        self.plain, common.Run.after_step = common.Run.after_step, lambda run, *args: self.step(run, *args)
+
+    def step(self, run, loss, batch):
+        self.plain(run, loss, batch)
+        self.losses.append(loss.detach().clone())
+        self.longest = max(self.longest, batch.ids.shape[1])
+        step = run.progress["step"]
+        if step in (self.first, self.last):
             torch.cuda.synchronize()
-            stamps.append((time.perf_counter(), run.progress["rows"], run.progress["step"]))
+            self.stamps.append((time.perf_counter(), run.progress["rows"], run.progress["tokens"]))
+        if step == self.last and self.profiled:
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self.profiler.__enter__()
+        if step == self.last + self.profiled and self.profiled:
+            torch.cuda.synchronize()
+            self.context = device_gib() - torch.cuda.memory_reserved() / common.GIB
+            self.profiler.__exit__(None, None, None)
+            for event in self.profiler.key_averages():
+                self.kernels[event.key] = (event.device_time_total / 1000 / self.profiled, event.count / self.profiled)
 
-    common.Run.after_step, common.load_model = timed_step, random_model
+    def result(self):
+        (start, rows, tokens), (end, rows_after, tokens_after) = self.stamps
+        steps, seconds = self.last - self.first, end - start
+        found = {
+            "rows_per_second": (rows_after - rows) / seconds,
+            "tokens_per_second": (tokens_after - tokens) / seconds,
+            "ms_per_step": 1000 * seconds / steps,
+            "losses": [round(loss.item(), 4) for loss in self.losses],
+        }
+        if self.kernels:
+            busy = sum(ms for ms, _ in self.kernels.values())
+            found |= {
+                "busy_ms_per_step": busy,
+                "wall_over_busy": found["ms_per_step"] / busy,
+                "kernels_per_step": sum(count for ms, count in self.kernels.values() if ms),
+                "longest_kernels": [
+                    {"name": name[:80], "ms_per_step": round(ms, 3), "count": round(count, 1)}
+                    for name, (ms, count) in sorted(self.kernels.items(), key=lambda item: -item[1][0])[:20]
+                ],
+                "context_gib": self.context,
+            }
+        return found
+
+
+def activations_gib(config, rows, length):
+    """What a bf16 layer-checkpointed step of a Llama must keep at its widest moment, counted from the shapes.
+
+    Each layer's input; and within one layer, run again: queries, keys, values and their rotated copies, attention's
+    output, four copies of the width (norms and residuals), and of the MLP gate, up, product and two gradients.
+    """
+    tokens, heads = rows * length, config.num_attention_heads
+    kept = config.num_hidden_layers * config.hidden_size
+    keys = config.hidden_size * config.num_key_value_heads // heads
+    inside = 2 * (config.hidden_size + keys) + keys + 5 * config.hidden_size + 5 * config.intermediate_size
+    return 2 * tokens * (kept + inside) / common.GIB
+
+
+def ledger(summary, config, length, context):
+    """{part: GiB} of the card at the training phase's peak, and what of it is not explained, as a share."""
+    peak = summary["memory_gib"]["train"]
+    parts = {name: gib for name, gib in summary["ledger_gib"].items() if name != "the rest"}
+    parts["activations"] = activations_gib(config, summary["args"]["batch_size"], length)
+    parts["CUDA context"] = context
+    rest = peak["device"] - sum(parts.values())
+    return parts | {"unexplained": rest, "unexplained share": rest / peak["device"]}
+
+
+def worker(name, args):
+    """Run one case in this process; print its result as the last line."""
+    script, shape, flags, (before, timed, profiled), card = (CASES | REAL_MODEL_CASES)[name]
+    module = __import__(script)
+    stopwatch = Stopwatch(before, timed, profiled)
     common.save_checkpoint = lambda *args: None
+    if script == "finetune_lowmem":
+        module.COMPILING_PAYS = 10**9 if "not compiled" in name else 0
+    if "eager update" in name:
+
+        class EagerAdafactor(common.Adafactor):
+            def __init__(self, *args, **options):
+                super().__init__(*args, **options | {"fused": False})
+
+        common.Adafactor = EagerAdafactor
+    capped = None
+    if card:  # what the caching allocator may take, so that with a context of 0.62 GiB the card's part is not exceeded
+        capped = card - 0.62
+        torch.cuda.set_per_process_memory_fraction(capped * common.GIB / torch.cuda.mem_get_info()[1])
     with tempfile.TemporaryDirectory() as folder:
-        make_folder(shape, args.tokenizer, Path(folder) / "model")
-        argv = ["--run-name", "x", "--output_dir", folder, "--model", f"{folder}/model", "--dataset", args.dataset]
-        summary = __import__(script).main([*argv, "--eval_rows", "200", "--log_every", "5", "--no_save_model", *flags])
-    (start, rows_before, steps_before), (end, rows, steps) = stamps
-    result = {"script": script, "shape": shape, "flags": flags, "batch_size": summary["args"]["batch_size"]}
-    result |= {
-        "rows_per_second": (rows - rows_before) / (end - start),
-        "seconds_per_step": (end - start) / (steps - steps_before),
+        model = args.tokenizer
+        if shape:
+            common.load_model, model = random_model, f"{folder}/model"
+            make_folder(shape, args.tokenizer, Path(model))
+        argv = ["--run-name", "x", "--output_dir", folder, "--model", str(model), "--dataset", args.dataset]
+        argv += [
+            "--eval_rows",
+            "200",
+            "--log_every",
+            "20",
+            "--no_save_model",
+            "--max_steps",
+            str(before + timed + profiled),
+        ]
+        summary = module.main([*argv, *flags])
+    result = {
+        "case": name,
+        "shape": shape,
+        "flags": flags,
+        "batch_size": summary["args"]["batch_size"],
+        "capped_gib": capped,
     }
+    result |= stopwatch.result()
     kept = (
-        "memory_gib",
-        "ledger_gib",
-        "trained_params",
-        "total_params",
-        "eval",
-        "train_seconds",
-        "skipped_updates",
-        "versions",
-    )
-    print("\n" + json.dumps(result | {name: summary[name] for name in kept}))
+        "memory_gib", "trained_params", "total_params", "eval", "train_seconds", "seconds_to_first_step", "skipped_updates", "versions",
+    )  # fmt: skip
+    result |= {key: summary[key] for key in kept}
+    if stopwatch.context is not None and script == "finetune_lowmem":
+        from transformers import LlamaConfig
+
+        result["ledger_gib"] = ledger(summary, LlamaConfig(**SHAPES[shape]), stopwatch.longest, stopwatch.context)
+    print("\n" + json.dumps(result))
+
+
+def copy_bandwidth():
+    """TB/s of a large device-to-device copy, bytes read plus bytes written; median of 20."""
+    source = torch.randn(2**29, device="cuda")
+    target, times = torch.empty_like(source), []
+    for _ in range(23):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return 2 * source.nbytes / statistics.median(times[3:]) / 1e9
+
+
+def update_bandwidth():
+    """Adafactor's kernels alone on Llama's matrices: {shape: [microseconds, TB/s at 12 bytes an element]}."""
+    found = {}
+    for shape in [(8192, 2048), (2048, 2048), (512, 2048), (14336, 4096), (4096, 4096), (1024, 4096), (128256, 2048)]:
+        # several tensors in turn, 400 MB of them, so that the cache of 50 MB does not hold them from update to update
+        count = max(2, 10**8 // (shape[0] * shape[1]))
+        params = [torch.nn.Parameter(torch.randn(shape, device="cuda").bfloat16()) for _ in range(count)]
+        optimizer = common.Adafactor(params, lr=1e-4)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            optimizer.step()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                optimizer.step()
+            times = []
+            for _ in range(10):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                graph.replay()
+                end.record()
+                torch.cuda.synchronize()
+                times.append(start.elapsed_time(end) / count)
+        ms = statistics.median(times)
+        found["x".join(map(str, shape))] = [round(1000 * ms, 1), round(12 * params[0].numel() / ms / 1e9, 3)]
+        del params, optimizer, graph
+        torch.cuda.empty_cache()
+    return found
+
+
+def commit():
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or None
 
 
 def main():
@@ -103,31 +259,40 @@ def main():
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--only", type=int, nargs="+", default=range(len(CASES)), help="run only these of the cases")
-    parser.add_argument("--case", type=int, help="run this case in this process")
+    parser.add_argument("--commit", default=commit(), help="recorded in the results; asked of git if left out")
+    parser.add_argument("--only", nargs="+", default=list(CASES), choices=[*CASES, *REAL_MODEL_CASES])
+    parser.add_argument("--case", choices=[*CASES, *REAL_MODEL_CASES], help="run this case in this process")
     args = parser.parse_args()
     if args.case is not None:
-        return worker(*CASES[args.case], args)
-    results = []
-    for number in args.only:
-        script, shape, flags = CASES[number]
-        began = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--case", str(number)], capture_output=True, text=True
-        )
-        if done.returncode:
-            print(f"{script} {shape} {flags} failed:\n{done.stderr[-3000:]}")
-            continue
-        results.append(json.loads(done.stdout.splitlines()[-1]) | {"whole_run_seconds": time.perf_counter() - began})
-        Path(args.out).write_text(json.dumps(results, indent=1))
+        return worker(args.case, args)
+    bandwidth = copy_bandwidth()
+    found = {
+        "commit": args.commit,
+        "copy_tb_per_s": bandwidth,
+        "update_us_and_tb_per_s": update_bandwidth(),
+        "cases": [],
+    }
+    torch.cuda.empty_cache()
+    print(f"a copy moves {bandwidth:.2f} TB/s; updates: {found['update_us_and_tb_per_s']}", flush=True)
     print(
-        f"{'':44}{'batch':>6}{'allocated':>10}{'reserved':>10}{'device GiB':>11}{'(eval)':>8}{'rows/s':>8}{'ms/step':>8}"
+        f"{'':48}{'batch':>6}{'allocated':>10}{'reserved':>9}{'device':>8}{'(eval)':>8}{'rows/s':>8}{'ms/step':>8}{'busy':>7}{'ratio':>6}{'first':>6}"
     )
-    for r in results:
+    for case in args.only:
+        began = time.perf_counter()
+        command = [sys.executable, __file__, *sys.argv[1:], "--case", case]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{case} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}", flush=True)
+            continue
+        r = json.loads(done.stdout.splitlines()[-1]) | {"whole_run_seconds": time.perf_counter() - began}
+        found["cases"].append(r)
+        Path(args.out).write_text(json.dumps(found, indent=1))
         train, evaluation = r["memory_gib"]["train"], r["memory_gib"]["eval"]
         print(
-            f"{r['script'] + ' ' + r['shape'] + ' ' + ' '.join(r['flags'][2:]):<44}{r['batch_size']:>6}{train['allocated']:>10.2f}{train['reserved']:>10.2f}"
-            f"{train['device']:>11.2f}{evaluation['device']:>8.2f}{r['rows_per_second']:>8.1f}{1000 * r['seconds_per_step']:>8.0f}"
+            f"{case:<48}{r['batch_size']:>6}{train['allocated']:>10.2f}{train['reserved']:>9.2f}{train['device']:>8.2f}"
+            f"{evaluation['device']:>8.2f}{r['rows_per_second']:>8.1f}{r['ms_per_step']:>8.1f}{r.get('busy_ms_per_step', 0):>7.1f}"
+            f"{r.get('wall_over_busy', 0):>6.2f}{r['seconds_to_first_step']:>6.0f}",
+            flush=True,
         )
     return None
 

@@ -48,13 +48,15 @@ def main():
     args = parser.parse_args()
     from transformers import AutoModelForCausalLM
 
-    folder = common.demo_folder()
+    folder = common.cache_folder()
     data = argparse.Namespace(dataset=str(folder / common.DEMO_DATASET), train_rows=None, eval_rows=args.rows)
     rows = common.load_rows(data, "validation")
     tokenizer, limit = common.load_tokenizer(str(folder / common.DEMO_MODEL))
     model = AutoModelForCausalLM.from_pretrained(folder / common.DEMO_MODEL, dtype=torch.float32).eval()
     prepared = common.evaluation_rows(rows, tokenizer, limit)
-    ours = common.evaluate(model, common.Head(model), prepared, model.device, limit, torch.no_grad)
+    head = common.Head(model)
+    log_probs_of = lambda batch: common.target_log_probs(model, head, batch, torch.no_grad)  # noqa: E731
+    ours = common.evaluate(model, prepared, model.device, limit, log_probs_of)
     theirs, accuracy = harness_results(model, tokenizer, rows)
     print(f"{len(rows)} rows, largest difference {(torch.tensor(ours) - torch.tensor(theirs)).abs().max():.2e} nats")
     print("harness:", accuracy)
