@@ -719,12 +719,14 @@ def pad_targets(batch, count):
     return replace(batch, **{n: F.pad(getattr(batch, n), padding) for n in ("positions", "targets", "weights")})
 
 
-def small_batch(data, limit):
+def small_batch(data, limit, pad_to=8):
     """Two rows of at most 32 tokens, for the start-up checks."""
     train, validation = data
     full = train[:2] or [row.sequences[row.label] for row in validation[:2]]
     cut = [s.ids[-33:] for s in full]
-    return collate([Sequence(ids, min(s.targets, len(ids) - 1)) for s, ids in zip(full, cut, strict=True)], limit)
+    return collate(
+        [Sequence(ids, min(s.targets, len(ids) - 1)) for s, ids in zip(full, cut, strict=True)], limit, pad_to
+    )
 
 
 def batch_order(lengths, batch_size, seed, epoch):
@@ -1052,7 +1054,7 @@ def fused_adafactor_update(p, g, row, col, lr, beta2, rounding, count, number, s
     the rounding noise. skipped: int64 scalar tensor, raised by 1 where the update is not finite. Equal inputs give
     equal bits.
     """
-    (rows, cols), large, least_norm = p.shape, p.numel() >= 2**22, 1e-3 * math.sqrt(p.numel())
+    (rows, cols), least_norm = p.shape, 1e-3 * math.sqrt(p.numel())
     stochastic = rounding == "stochastic" and p.dtype == torch.bfloat16
     if cols == 1 and rows <= 2**14:
         block = triton.next_power_of_2(rows)
@@ -1061,25 +1063,25 @@ def fused_adafactor_update(p, g, row, col, lr, beta2, rounding, count, number, s
         )
         return
 
-    height, width, block = 16, 256, 32
-    strips = max(1, min(32, p.numel() // 2**22))  # tiles of up to 512 rows, but at least 1,000 tiles to share out
-    tall, wide = triton.cdiv(rows, height * strips), triton.cdiv(cols, width)
-    row_blocks, col_blocks, tiles = triton.cdiv(rows, block), triton.cdiv(cols, block), tall * wide
+    # Tile heights and widths, and programs enough for a whole GPU: the best of those tried on an H100
+    block, strips = 32, max(1, min(32, p.numel() // 2**22))
+    tall, wide = triton.cdiv(rows, 64 * strips), triton.cdiv(cols, 64)
+    norms = triton.cdiv(rows, 16 * strips), triton.cdiv(cols, 256)
+    row_blocks, col_blocks, tiles = triton.cdiv(rows, block), triton.cdiv(cols, block), math.prod(norms)
     sizes = [wide * rows, tall * cols, rows, cols, row_blocks + col_blocks, tiles, tiles]
     sizes = [-(-n // 4) * 4 for n in sizes]  # 16 bytes, the alignment of wide loads
     scratch = torch.empty(sum(sizes), dtype=torch.float32, device=p.device).split(sizes)
     row_sums, col_sums, new_row, new_col, totals, u_squares, p_squares = scratch
     means = (new_row, new_col, totals)
 
-    _square_sums[tall, wide](g, row_sums, col_sums, rows, cols, strips, height, width)
+    _square_sums[tall, wide](g, row_sums, col_sums, rows, cols, strips, 64, 64)
     _running_means[(row_blocks + col_blocks,)](
         row_sums, col_sums, row, col, *means, count, rows, cols, wide, tall, 1 - beta2, FLOOR, block
     )
-    _norms[tall, wide](p, g, *means, u_squares, p_squares, rows, cols, strips, row_blocks, height, width)
-    height, width = 4, 512 if large else 128
-    _step[triton.cdiv(rows, 8 * height), triton.cdiv(cols, width)](
+    _norms[norms](p, g, *means, u_squares, p_squares, rows, cols, strips, row_blocks, 16, 256)
+    _step[triton.cdiv(rows, 16), triton.cdiv(cols, 512)](
         p, g, row, col, *means, u_squares, p_squares, count, skipped, rows, cols, row_blocks, row_blocks + col_blocks,
-        tiles, lr, least_norm, FLOOR, number, seed, stochastic, height, width,
+        tiles, lr, least_norm, FLOOR, number, seed, stochastic, 2, 512,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ What a GPU also gets, so that CUDA takes little of it and the host never keeps i
 
 import ctypes
 import os
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import common
 
 COMPILING_PAYS = 2000  # steps: it takes 10 to 50 s at the start, and saves 4 ms a step of a 1B model on an H100
+PAD_TO = 32  # tokens: few lengths, few graphs
 
 
 def precision():
@@ -140,48 +141,46 @@ def compile_layers(model, backend="inductor"):
     The products stay out, so that each weight's gradient comes, is used and is released by itself. A layer compiled as
     a whole hands over all of its gradients together, 0.4 GiB in an 8B model.
     """
+    # Without autotuning: it would time kernels on the GPU, and hold memory, at each new size
+    options = {"triton.autotune_pointwise": False} if backend == "inductor" else None
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(common.cache_folder() / "compiled"))  # survives a reboot
     for layer in common.decoder_layers(model):
         for module in layer.modules():
             if any(p.ndim > 1 for p in module.parameters(recurse=False)):
                 module.forward = torch.compiler.disable(module.forward)
-        layer.compile(dynamic=True, backend=backend)
+        layer.compile(dynamic=True, backend=backend, options=options)
 
 
 class Graphs:
     """`function(batch)` -> tensor, replayed as CUDA graphs: one launch instead of thousands.
 
-    One graph for each shape of ids. A shape's first batch runs as it is, which compiles and loads what it needs; the
-    second is captured. Graphs and those first runs take all their memory from `pool`, one after the other, so that
-    together they need no more than the largest. The list of targets is padded to `targets`-fold lengths.
+    One graph for each shape of ids, captured when its first batch comes; by then what `function` needs must be compiled
+    and loaded (`warm_up`). The list of targets is padded to a multiple of `targets`, and a graph is captured anew when a
+    batch has more of them. All graphs share `pool`: one runs after the other, so that together they need no more memory
+    than the largest.
     """
 
     def __init__(self, function, pool, targets=128):
-        self.function, self.pool, self.targets = function, pool, targets
-        self.seen, self.graphs = set(), {}
+        self.function, self.pool, self.targets, self.graphs = function, pool, targets, {}
 
     def __call__(self, batch):
         shape, count = batch.ids.shape, len(batch.targets)
-        batch = common.pad_targets(batch, -(-count // self.targets) * self.targets)
-        if shape not in self.seen:
-            self.seen.add(shape)
-            with torch.cuda.use_mem_pool(self.pool):
-                result = self.function(batch)
-        else:
-            if shape not in self.graphs or len(self.graphs[shape][1].targets) < count:
-                self.graphs[shape] = self._capture(batch)
-            graph, inputs, result = self.graphs[shape]
-            batch = common.pad_targets(batch, len(inputs.targets))
-            for name in ("ids", "positions", "targets", "weights"):
-                getattr(inputs, name).copy_(getattr(batch, name))
-            graph.replay()
-        return result[:count].clone() if result.ndim else result.clone()  # the next run overwrites the pool
+        if shape not in self.graphs or len(self.graphs[shape][1].targets) < count:
+            self.graphs.pop(shape, None)  # its memory first
+            inputs = common.pad_targets(batch, -(-count // self.targets) * self.targets)
+            self.graphs[shape] = self._capture(inputs)
+        graph, inputs, result = self.graphs[shape]
+        batch = common.pad_targets(batch, len(inputs.targets))
+        for name in ("ids", "positions", "targets", "weights"):
+            getattr(inputs, name).copy_(getattr(batch, name))
+        graph.replay()
+        return result[:count].clone() if result.ndim else result.clone()  # the next graph overwrites the pool
 
-    def _capture(self, batch):
+    def _capture(self, inputs):
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool.id, stream=torch.cuda.current_stream()):
-                return graph, batch, self.function(batch)
+            with torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
+                return graph, inputs, self.function(inputs)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -189,6 +188,28 @@ class Graphs:
                 f"a step of this model cannot be captured as a CUDA graph ({str(error).splitlines()[0]}): run it again "
                 "with --no_compile"
             ) from error
+
+
+@contextmanager
+def learning_rate_zero(optimizer):
+    """Steps in this context move nothing; at its end learning rates and state are as at the start of training."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    try:
+        yield
+    finally:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        optimizer.reset()
+
+
+def warm_up(step, optimizer, batch):
+    """Compile and load what a step needs, by steps on a small batch at learning rate 0."""
+    with learning_rate_zero(optimizer):
+        for _ in range(2):
+            step(batch)
+    torch.cuda.empty_cache()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,14 +244,9 @@ def check_techniques(model, head, trained, optimizer, batch, on_host):
     handles += [
         p.register_post_accumulate_grad_hook(lambda p, name=name: after_update(name, p)) for name, p in trained.items()
     ]
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    loss = training_loss(model, head, batch)
-    loss.backward()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    optimizer.reset()
+    with learning_rate_zero(optimizer):
+        loss = training_loss(model, head, batch)
+        loss.backward()
     for handle in handles:
         handle.remove()
 
@@ -322,7 +338,8 @@ def main(argv=None):
         print(
             f"{steps} steps as CUDA graphs, decoder layers {'compiled' if steps >= COMPILING_PAYS else 'not compiled'}"
         )
-        pool = torch.cuda.MemPool()
+        warm_up(step, optimizer, common.small_batch(data, limit, PAD_TO).to(device))
+        pool = torch.cuda.graph_pool_handle()
         step, log_probs_of = Graphs(step, pool), Graphs(log_probs_of, pool)
 
     # Train
@@ -338,7 +355,7 @@ def main(argv=None):
         limit=limit,
         log_probs_of=log_probs_of,
         memory=memory,
-        pad_to=32 if graphs else 8,
+        pad_to=PAD_TO if graphs else 8,
     )
     run.evaluate(epoch=0)
     for epoch in run.epochs():
