@@ -672,7 +672,7 @@ class Batch:
     """ids and labels, int64 [rows, length]. labels[r, t] is the token to predict after ids[r, : t + 1], or IGNORE.
 
     The same targets as a list: targets, int64 [n], belong to the flat indices positions, int64 [n], of [rows, length];
-    weights, fp32 [n], are 1 / their number, and 0 where `pad_targets` filled up.
+    weights, fp32 [n], are 1 / their number, and 0 where `pad_batch` filled up.
     """
 
     ids: torch.Tensor
@@ -702,8 +702,7 @@ class Batch:
 
 def collate(sequences, limit, multiple=8):
     """Right-pad with zeros to the longest, rounded up to `multiple`, at most `limit`; causality hides the padding."""
-    length = max(len(s.ids) for s in sequences) - 1
-    length = min(-(-length // multiple) * multiple, limit)
+    length = max(padded_lengths(sequences, multiple, limit))
     ids = torch.zeros(len(sequences), length, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORE)
     for row, s in enumerate(sequences):
@@ -713,20 +712,32 @@ def collate(sequences, limit, multiple=8):
     return Batch.of(ids, labels, tokens=sum(len(s.ids) - 1 for s in sequences))
 
 
-def pad_targets(batch, count):
-    """The batch with its list of targets filled up to `count` by targets of weight 0."""
-    padding = (0, count - len(batch.targets))
-    return replace(batch, **{n: F.pad(getattr(batch, n), padding) for n in ("positions", "targets", "weights")})
+def padded_lengths(sequences, multiple, limit):
+    """The lengths that batches of such sequences can have."""
+    return {_padded(len(s.ids) - 1, multiple, limit) for s in sequences}
 
 
-def small_batch(data, limit, pad_to=8):
+def _padded(length, multiple, limit):
+    return min(-(-length // multiple) * multiple, limit)
+
+
+def pad_batch(batch, rows, targets):
+    """The batch filled up to `rows` rows of zeros and to `targets` targets of weight 0; never cut."""
+    more_rows, more = max(0, rows - len(batch.ids)), max(0, targets - len(batch.targets))
+    return replace(
+        batch,
+        ids=F.pad(batch.ids, (0, 0, 0, more_rows)),
+        labels=F.pad(batch.labels, (0, 0, 0, more_rows), value=IGNORE),
+        **{name: F.pad(getattr(batch, name), (0, more)) for name in ("positions", "targets", "weights")},
+    )
+
+
+def small_batch(data, limit):
     """Two rows of at most 32 tokens, for the start-up checks."""
     train, validation = data
     full = train[:2] or [row.sequences[row.label] for row in validation[:2]]
     cut = [s.ids[-33:] for s in full]
-    return collate(
-        [Sequence(ids, min(s.targets, len(ids) - 1)) for s, ids in zip(full, cut, strict=True)], limit, pad_to
-    )
+    return collate([Sequence(ids, min(s.targets, len(ids) - 1)) for s, ids in zip(full, cut, strict=True)], limit)
 
 
 def batch_order(lengths, batch_size, seed, epoch):

@@ -141,36 +141,35 @@ def compile_layers(model, backend="inductor"):
     The products stay out, so that each weight's gradient comes, is used and is released by itself. A layer compiled as
     a whole hands over all of its gradients together, 0.4 GiB in an 8B model.
     """
-    # Without autotuning: it would time kernels on the GPU, and hold memory, at each new size
-    options = {"triton.autotune_pointwise": False} if backend == "inductor" else None
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(common.cache_folder() / "compiled"))  # survives a reboot
     for layer in common.decoder_layers(model):
         for module in layer.modules():
             if any(p.ndim > 1 for p in module.parameters(recurse=False)):
                 module.forward = torch.compiler.disable(module.forward)
-        layer.compile(dynamic=True, backend=backend, options=options)
+        layer.compile(dynamic=True, backend=backend)
 
 
 class Graphs:
     """`function(batch)` -> tensor, replayed as CUDA graphs: one launch instead of thousands.
 
     One graph for each shape of ids, captured when its first batch comes; by then what `function` needs must be compiled
-    and loaded (`warm_up`). The list of targets is padded to a multiple of `targets`, and a graph is captured anew when a
-    batch has more of them. All graphs share `pool`: one runs after the other, so that together they need no more memory
-    than the largest.
+    and loaded (`warm_up`). A batch of fewer than `rows` rows is filled up. The list of targets is padded to a multiple
+    of 128, and a graph captured anew when a batch has more of them. All graphs share `pool`: one runs after the other,
+    so that together they need no more memory than the largest.
     """
 
-    def __init__(self, function, pool, targets=128):
-        self.function, self.pool, self.targets, self.graphs = function, pool, targets, {}
+    def __init__(self, function, pool, rows=0):
+        self.function, self.pool, self.rows, self.graphs = function, pool, rows, {}
 
     def __call__(self, batch):
-        shape, count = batch.ids.shape, len(batch.targets)
+        count = len(batch.targets)
+        batch = common.pad_batch(batch, self.rows, -(-count // 128) * 128)
+        shape = batch.ids.shape
         if shape not in self.graphs or len(self.graphs[shape][1].targets) < count:
             self.graphs.pop(shape, None)  # its memory first
-            inputs = common.pad_targets(batch, -(-count // self.targets) * self.targets)
-            self.graphs[shape] = self._capture(inputs)
+            self.graphs[shape] = self._capture(batch)
         graph, inputs, result = self.graphs[shape]
-        batch = common.pad_targets(batch, len(inputs.targets))
+        batch = common.pad_batch(batch, self.rows, len(inputs.targets))
         for name in ("ids", "positions", "targets", "weights"):
             getattr(inputs, name).copy_(getattr(batch, name))
         graph.replay()
@@ -204,11 +203,17 @@ def learning_rate_zero(optimizer):
         optimizer.reset()
 
 
-def warm_up(step, optimizer, batch):
-    """Compile and load what a step needs, by steps on a small batch at learning rate 0."""
+def warm_up(step, optimizer, rows, lengths, device):
+    """Compile and load what steps on batches [rows, length] need, by one of each at learning rate 0, the longest first.
+
+    So a GPU that is too small for the longest batch says so here, before anything was trained.
+    """
     with learning_rate_zero(optimizer):
-        for _ in range(2):
-            step(batch)
+        for length in sorted(lengths, reverse=True):
+            ids = torch.zeros(rows, length, dtype=torch.int64)
+            labels = torch.full_like(ids, common.IGNORE)
+            labels[:, -1] = 0
+            step(common.pad_batch(common.Batch.of(ids, labels, tokens=ids.numel()), rows, 128).to(device))
     torch.cuda.empty_cache()
 
 
@@ -338,9 +343,9 @@ def main(argv=None):
         print(
             f"{steps} steps as CUDA graphs, decoder layers {'compiled' if steps >= COMPILING_PAYS else 'not compiled'}"
         )
-        warm_up(step, optimizer, common.small_batch(data, limit, PAD_TO).to(device))
+        warm_up(step, optimizer, args.batch_size, common.padded_lengths(data[0], PAD_TO, limit), device)
         pool = torch.cuda.graph_pool_handle()
-        step, log_probs_of = Graphs(step, pool), Graphs(log_probs_of, pool)
+        step, log_probs_of = Graphs(step, pool, rows=args.batch_size), Graphs(log_probs_of, pool)
 
     # Train
     run = common.Run(

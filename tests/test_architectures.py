@@ -267,9 +267,10 @@ def test_leaving_out_masks_changes_nothing_and_keeps_short_windows(architecture)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi", "gemma2"])
-def test_padded_targets_change_neither_loss_nor_scores(architecture):
+def test_padded_rows_and_targets_change_neither_loss_nor_scores(architecture):
     model, batch = make_model(architecture), make_batch()
-    head, padded = common.Head(model), common.pad_targets(batch, 256)
+    head, padded = common.Head(model), common.pad_batch(batch, 7, 256)
+    assert padded.ids.shape == (7, 24)
     assert len(padded.targets) == len(padded.positions) == len(padded.weights) == 256 > len(batch.targets)
     losses = [finetune_lowmem.training_loss(model, head, b).item() for b in (batch, padded)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
@@ -385,11 +386,11 @@ def gpu_steps(architecture, graphs, compiled=False):
         return loss.detach()
 
     if graphs:
-        finetune_lowmem.warm_up(step, optimizer, make_batch(rows=2, length=32).to("cuda"))
-        step = finetune_lowmem.Graphs(step, torch.cuda.graph_pool_handle(), targets=16)
+        finetune_lowmem.warm_up(step, optimizer, 6, {32, 48}, torch.device("cuda"))
+        step = finetune_lowmem.Graphs(step, torch.cuda.graph_pool_handle(), rows=6)
     losses = [step(make_batch(k, rows=4 + k // 2 % 3, length=32 + 16 * (k % 2)).to("cuda")) for k in range(20)]
     if graphs:
-        assert len(step.graphs) == 6
+        assert len(step.graphs) == 2
     return torch.stack(losses).tolist(), {name: p.detach().clone() for name, p in chosen.items()}
 
 

@@ -61,13 +61,19 @@ def make_folder(shape, tokenizer, folder):
     (folder / "model.safetensors").touch()
 
 
-def random_model(name, dtype):
-    """Stands in for common.load_model: random weights, the embeddings in host memory, as if read there."""
+def random_model(name, dtype, card=None):
+    """Stands in for common.load_model: random weights, the embeddings in host memory, as if read there.
+
+    card: GiB that the run may take of the GPU, a CUDA context of 0.58 GiB included. Not set earlier: it starts CUDA, which
+    has to find common.set_up's allocator settings.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     def on_host(module, *args, plain=torch.nn.Embedding.__init__, **options):
         plain(module, *args, **options | {"device": "cpu"})
 
+    if card:
+        torch.cuda.set_per_process_memory_fraction((card - 0.58) * common.GIB / torch.cuda.mem_get_info()[1])
     torch.manual_seed(0)
     torch.nn.Embedding.__init__, plain = on_host, torch.nn.Embedding.__init__
     with torch.device("cuda"):
@@ -169,14 +175,10 @@ def worker(name, args):
                 super().__init__(*args, **options | {"fused": False})
 
         common.Adafactor = EagerAdafactor
-    capped = None
-    if card:  # what the caching allocator may take, so that with a context of 0.62 GiB the card's part is not exceeded
-        capped = card - 0.62
-        torch.cuda.set_per_process_memory_fraction(capped * common.GIB / torch.cuda.mem_get_info()[1])
     with tempfile.TemporaryDirectory() as folder:
         model = args.tokenizer
         if shape:
-            common.load_model, model = random_model, f"{folder}/model"
+            common.load_model, model = lambda *args: random_model(*args, card), f"{folder}/model"
             make_folder(shape, args.tokenizer, Path(model))
         argv = ["--run-name", "x", "--output_dir", folder, "--model", str(model), "--dataset", args.dataset]
         argv += [
@@ -194,7 +196,7 @@ def worker(name, args):
         "shape": shape,
         "flags": flags,
         "batch_size": summary["args"]["batch_size"],
-        "capped_gib": capped,
+        "card_gib": card,
     }
     result |= stopwatch.result()
     kept = (
