@@ -774,8 +774,7 @@ def evaluate(model, rows, device, limit, log_probs_of, tokens_per_batch=1024, pa
     """
     flat = [(r, e) for r in range(len(rows)) for e in range(4)]
     flat.sort(key=lambda at: -len(rows[at[0]].sequences[at[1]].ids))
-    scores = [[0.0] * 4 for _ in rows]
-    was_training = model.training
+    scores, was_training, done = [[0.0] * 4 for _ in rows], model.training, []
     model.eval()
     with tqdm(total=len(rows), desc="evaluating", unit="row", mininterval=0.5) as bar:
         while flat:
@@ -783,12 +782,13 @@ def evaluate(model, rows, device, limit, log_probs_of, tokens_per_batch=1024, pa
             count = max(1, tokens_per_batch // (-(-longest // pad_to) * pad_to))
             chosen, flat = flat[:count], flat[count:]
             batch = collate([rows[r].sequences[e] for r, e in chosen], limit, pad_to)
-            log_probs = log_probs_of(batch.to(device)).cpu()
-            sums = torch.zeros(len(chosen)).index_add_(0, batch.positions // batch.ids.shape[1], log_probs)
-            for (r, e), value in zip(chosen, sums.tolist(), strict=True):
-                scores[r][e] = value
+            done.append((chosen, batch.positions // batch.ids.shape[1], log_probs_of(batch.to(device))))
             bar.update(len(chosen) / 4)
     model.train(was_training)
+    for chosen, sequence_of, log_probs in done:  # only now, so that the device never waits for the host
+        sums = torch.zeros(len(chosen)).index_add_(0, sequence_of, log_probs.cpu())
+        for (r, e), value in zip(chosen, sums.tolist(), strict=True):
+            scores[r][e] = value
     return scores
 
 

@@ -1,0 +1,78 @@
+"""Whole runs of the low-memory script on a GPU, in processes of their own. python -m pytest tests/test_gpu.py"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def run(tmp_path, model_folder, dataset_folder):
+    """run(name, *flags, compiled=False) -> (summary, terminal); 15 steps an epoch on tiny models."""
+
+    def go(name, *flags, compiled=False, architecture="llama"):
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, finetune_lowmem; "
+        code += f"finetune_lowmem.COMPILING_PAYS = {0 if compiled else 10**9}; common.run_command(finetune_lowmem.main)"
+        argv = [
+            "--run-name",
+            name,
+            "--output_dir",
+            tmp_path,
+            "--model",
+            model_folder(architecture),
+            "--dataset",
+            dataset_folder,
+        ]
+        argv += ["--batch_size", 4, "--lr", "1e-2", "--log_every", 2, *flags]
+        done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads((tmp_path / name / "summary.json").read_text()), done.stdout
+
+    return go
+
+
+def test_compiled_and_graphed_runs_follow_the_plain_one(run):
+    """The same start to bf16's accuracy, the same learning; the noise of rounding and cut-cross-entropy lies between."""
+    plain, said = run("plain", "--no_compile", "--epochs", 2)
+    assert "CUDA graphs" not in said
+    start, end = (plain["eval"][at]["gold_nll"] for at in (0, -1))
+    assert end < 0.85 * start
+    for name, compiled in (("graphs", False), ("compiled", True)):
+        summary, said = run(name, "--epochs", 2, compiled=compiled)
+        assert f"30 steps as CUDA graphs, decoder layers {'compiled' if compiled else 'not compiled'}" in said
+        assert summary["eval"][0]["gold_nll"] == pytest.approx(start, rel=0.01)
+        assert summary["eval"][-1]["gold_nll"] == pytest.approx(end, rel=0.1)
+        assert summary["steps"] == 30
+        assert summary["skipped_updates"] == 0
+        for phase in ("load", "train", "eval"):
+            peak = summary["memory_gib"][phase]
+            assert 0 < peak["allocated"] <= peak["reserved"] < peak["device"]
+        assert summary["memory_gib"]["eval"]["allocated"] <= summary["memory_gib"]["train"]["allocated"]
+        assert summary["seconds_to_first_step"] > 0
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "phi", "qwen3", "gpt2"])
+def test_other_architectures_run_as_graphs(run, architecture):
+    """A window, a head with a bias, norms of queries and keys, Conv1D layers."""
+    summary, said = run("r", "--epochs", 2, architecture=architecture)
+    assert "CUDA graphs" in said
+    assert summary["eval"][-1]["gold_nll"] < summary["eval"][0]["gold_nll"]
+
+
+def test_all_parameters_train_as_graphs(run):
+    summary, _ = run("r", "--epochs", 2, "--trained", "all", architecture="llama-tied")
+    assert summary["eval"][-1]["gold_nll"] < 0.85 * summary["eval"][0]["gold_nll"]
+
+
+def test_a_run_goes_on_from_its_checkpoint(run):
+    whole, _ = run("whole", "--epochs", 2)
+    run("parts", "--epochs", 2, "--max_steps", 20)
+    parts, said = run("parts", "--epochs", 2, "--resume")
+    assert "resuming after step 20" in said
+    assert parts["steps"] == 30
+    assert parts["eval"][-1]["gold_nll"] == pytest.approx(whole["eval"][-1]["gold_nll"], rel=0.05)
