@@ -1111,7 +1111,7 @@ def rows_from_host(table, ids):
 
 
 def _as_matrix(x):
-    return x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
+    return x.view(-1, x.shape[-1] if x.ndim > 1 else 1)
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -1148,14 +1148,17 @@ class Adafactor(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self, p):
         """Update p with p.grad, without waiting for the device."""
-        state, settings = self.state[p], {name: self.group_of[p][name] for name in ("lr", "beta2", "rounding")}
+        settings = {name: self.group_of[p][name] for name in ("lr", "beta2", "rounding")}
+        state, g = self.state[p], _as_matrix(p.grad.contiguous())
         if self.fused:
-            noise = {"number": self.number_of[p], "seed": self.seed}
+            noise = {"count": state["count"], "number": self.number_of[p], "seed": self.seed}
             fused_adafactor_update(
-                _as_matrix(p), _as_matrix(p.grad.contiguous()), **state, **settings, **noise, skipped=self.skipped
+                _as_matrix(p), g, state["row"], state["col"], **settings, **noise, skipped=self.skipped
             )
         else:
-            finite = adafactor_update(_as_matrix(p), _as_matrix(p.grad), **state, **settings, generator=self.generator)
+            finite = adafactor_update(
+                _as_matrix(p), g, state["row"], state["col"], **settings, generator=self.generator
+            )
             self.skipped += ~finite
 
     def step(self, closure=None):
@@ -1276,9 +1279,10 @@ def load_checkpoint(folder, trained, optimizer):
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-    if "rounding" in states:
-        optimizer.generator.set_state(states["rounding"])
+    if isinstance(optimizer, Adafactor):
         optimizer.skipped.copy_(states["skipped"])
+        if (name := _rounding_name(optimizer)) in states:  # a run may go on on another kind of device, with other noise
+            optimizer.generator.set_state(states[name])
     return json.loads((folder / "state.json").read_text())["progress"]
 
 
@@ -1287,8 +1291,12 @@ def _random_states(optimizer):
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     if isinstance(optimizer, Adafactor):
-        states |= {"rounding": optimizer.generator.get_state(), "skipped": optimizer.skipped}
+        states |= {_rounding_name(optimizer): optimizer.generator.get_state(), "skipped": optimizer.skipped}
     return states
+
+
+def _rounding_name(optimizer):
+    return f"rounding-{optimizer.generator.device.type}"
 
 
 def _save_shards(folder, prefix, named):

@@ -154,8 +154,15 @@ def ledger(summary, config, length, context):
     """{part: GiB} of the card at the training phase's peak, and what of it is not explained, as a share."""
     peak = summary["memory_gib"]["train"]
     parts = {name: gib for name, gib in summary["ledger_gib"].items() if name != "the rest"}
-    parts["activations"] = activations_gib(config, summary["args"]["batch_size"], length)
-    parts["CUDA context"] = context
+    activations = activations_gib(config, summary["args"]["batch_size"], length)
+    # Of a tied, trained weight two gradients exist until they are added: the head's and the embeddings', when the layers
+    # are done
+    if summary["args"]["trained"] == "all" and config.tie_word_embeddings and parts["largest gradient"] > activations:
+        parts["the tied weight's other gradient"] = parts["largest gradient"]
+    else:
+        parts["activations"] = activations
+    parts["CUDA context and graphs"] = context
+    parts["the allocator's slack"] = peak["reserved"] - peak["allocated"]
     rest = peak["device"] - sum(parts.values())
     return parts | {"unexplained": rest, "unexplained share": rest / peak["device"]}
 
