@@ -574,6 +574,24 @@ def test_the_real_command_line(script, tmp_path, model_folder, dataset_folder):
     assert "Traceback" not in err
 
 
+def test_a_gpu_that_is_too_small_ends_in_one_line(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nGPU 0 has 2 GiB.")
+
+    with pytest.raises(SystemExit) as stopped:
+        common.run_command(main)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: out of GPU memory, lower --batch_size")
+
+
+def test_no_compile_changes_nothing_on_a_cpu(run, capsys):
+    first, _ = run("finetune_lowmem", "a", "--epochs", 1)
+    second, _ = run("finetune_lowmem", "b", "--epochs", 1, "--no_compile")
+    assert first["eval"] == second["eval"]
+    assert "CUDA graphs" not in capsys.readouterr().out
+
+
 def test_importing_the_scripts_does_nothing():
     code = "import sys, common, finetune_base, finetune_lowmem; assert not {'transformers', 'datasets', 'cut_cross_entropy'} & set(sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
