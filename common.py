@@ -59,7 +59,9 @@ def run_command(main):
         sys.exit(_fail(f"error: {error}", 2))
     except torch.OutOfMemoryError as error:
         sys.exit(
-            _fail(f"error: out of GPU memory, lower --batch_size; --resume goes on from a checkpoint ({error})", 2)
+            _fail(
+                f"error: out of GPU memory, start again with a smaller --batch_size and another --run-name ({error})", 2
+            )
         )
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; once a run has its folder, --resume goes on from its last checkpoint", 130))
@@ -342,12 +344,17 @@ def checkpoint_activations(model, **options):
     model.train()
 
 
-def has_dropout(model):
-    """Whether training draws random numbers in the forward pass."""
-    config = model.config.get_text_config()
-    return bool(getattr(config, "attention_dropout", 0)) or any(
-        isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()
-    )
+def draws_random_numbers(model, batch, precision):
+    """Whether a training pass draws random numbers (dropout, noise), seen by the random state before and after one."""
+
+    def state():
+        return torch.cuda.get_rng_state() if batch.ids.is_cuda else torch.get_rng_state()
+
+    was_training, before = model.training, state()
+    with torch.no_grad(), precision():
+        model.train().base_model(input_ids=batch.ids, use_cache=False)
+    model.train(was_training)
+    return not torch.equal(before, state())
 
 
 def decoder_layers(model):
@@ -1067,7 +1074,7 @@ def fused_adafactor_update(p, g, row, col, lr, beta2, rounding, count, number, s
     """
     (rows, cols), least_norm = p.shape, 1e-3 * math.sqrt(p.numel())
     stochastic = rounding == "stochastic" and p.dtype == torch.bfloat16
-    if cols == 1 and rows <= 2**14:
+    if cols == 1 and rows <= 2**13:  # one program holds no more in registers
         block = triton.next_power_of_2(rows)
         _whole_update[(1,)](
             p, g, row, col, count, skipped, rows, lr, 1 - beta2, least_norm, FLOOR, number, seed, stochastic, block
@@ -1129,6 +1136,8 @@ class Adafactor(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "beta2": beta2, "rounding": rounding})
         self.seed, device = seed, self.param_groups[0]["params"][0].device
         self.fused = triton is not None and device.type == "cuda" if fused is None else fused
+        if not all(p.is_contiguous() for group in self.param_groups for p in group["params"]):
+            raise ValueError("Adafactor takes contiguous parameters")
         self.generator = torch.Generator(device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.group_of = {p: group for group in self.param_groups for p in group["params"]}
@@ -1148,6 +1157,8 @@ class Adafactor(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self, p):
         """Update p with p.grad, without waiting for the device."""
+        if p.numel() == 0:
+            return
         settings = {name: self.group_of[p][name] for name in ("lr", "beta2", "rounding")}
         state, g = self.state[p], _as_matrix(p.grad.contiguous())
         if self.fused:
@@ -1225,7 +1236,17 @@ def size_in_bytes(tensors):
 
 
 SHARD = 2**30  # bytes of a checkpoint file, so that one shard at a time is copied to host memory
-MAY_DIFFER = {"run_name", "output_dir", "resume", "epochs", "max_steps", "log_every", "save_every", "no_save_model"}
+MAY_DIFFER = {
+    "run_name",
+    "output_dir",
+    "resume",
+    "epochs",
+    "max_steps",
+    "log_every",
+    "save_every",
+    "no_save_model",
+    "no_compile",
+}
 
 
 def last_checkpoint(run_dir):

@@ -177,16 +177,25 @@ class Graphs:
 
     def _capture(self, inputs):
         graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
-                return graph, inputs, self.function(inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise common.UserError(
-                f"a step of this model cannot be captured as a CUDA graph ({str(error).splitlines()[0]}): run it again "
-                "with --no_compile"
-            ) from error
+        with advise_no_compile(), torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
+            return graph, inputs, self.function(inputs)
+
+
+@contextmanager
+def advise_no_compile():
+    """Turn what compiling and capturing raise, in many libraries, into a UserError that says how to do without."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, common.UserError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        if "out of memory" in reason[0]:
+            raise torch.OutOfMemoryError(reason[0]) from error
+        raise common.UserError(
+            f"a step of this model cannot be compiled or captured as a CUDA graph ({reason[0]}): run it with "
+            "--no_compile (after a first checkpoint, with --resume --no_compile)"
+        ) from error
 
 
 @contextmanager
@@ -208,12 +217,14 @@ def warm_up(step, optimizer, rows, lengths, device):
 
     So a GPU that is too small for the longest batch says so here, before anything was trained.
     """
-    with learning_rate_zero(optimizer):
+    with learning_rate_zero(optimizer), advise_no_compile():
         for length in sorted(lengths, reverse=True):
             ids = torch.zeros(rows, length, dtype=torch.int64)
             labels = torch.full_like(ids, common.IGNORE)
             labels[:, -1] = 0
-            step(common.pad_batch(common.Batch.of(ids, labels, tokens=ids.numel()), rows, 128).to(device))
+            batch = common.Batch.of(ids, labels, tokens=ids.numel())
+            # more than 128 targets, as most batches have: for fewer cut-cross-entropy has other kernels
+            step(common.pad_batch(batch, rows, max(256, -(-rows // 128) * 128)).to(device))
     torch.cuda.empty_cache()
 
 
@@ -313,9 +324,8 @@ def main(argv=None):
     common.check_head(model, head, batch, precision, losses)
 
     # Gradient checkpointing; layers run again in backward in the same precision
-    common.checkpoint_activations(
-        model, context_fn=lambda: (nullcontext(), precision()), preserve_rng_state=common.has_dropout(model)
-    )
+    random = common.draws_random_numbers(model, batch, precision)  # then layers must draw the same again in backward
+    common.checkpoint_activations(model, context_fn=lambda: (nullcontext(), precision()), preserve_rng_state=random)
 
     # Adafactor with stochastic rounding, run inside backward
     optimizer = common.Adafactor(
@@ -334,7 +344,9 @@ def main(argv=None):
         return common.target_log_probs(model, head, batch, precision)
 
     # On a GPU, compiled and as CUDA graphs
-    graphs = on_gpu and not args.no_compile and not common.has_dropout(model)
+    graphs = on_gpu and not args.no_compile and not random
+    if on_gpu and random:
+        print("the model draws random numbers (dropout): no CUDA graphs")
     if graphs:
         steps = common.planned_steps(args, data)
         if steps >= COMPILING_PAYS:

@@ -282,9 +282,29 @@ def test_rounding_noise_repeats_for_a_seed_and_for_nothing_else(device, fused):
     assert all(a != b for a, b in zip(moves(2), first, strict=True))
 
 
+@pytest.mark.parametrize(("device", "fused"), UPDATES)
+def test_no_two_rows_share_their_noise(device, fused):
+    """64 rows of 512 equal weights, some 130 of each row moving: no two rows alike, nor two columns."""
+    p = torch.nn.Parameter(torch.ones(64, 512, device=device).bfloat16())
+    p.grad = torch.ones_like(p)
+    Adafactor([p], lr=1e-3, fused=fused).step()
+    moved = (p != 1).int()
+    assert len(moved.unique(dim=0)) == 64
+    assert len(moved.unique(dim=1).T) == 512
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_odd_parameters(fused):
+    with pytest.raises(ValueError, match="contiguous"):
+        Adafactor([torch.nn.Parameter(torch.randn(4, 6).T)], lr=1e-2, fused=fused)
+    empty = torch.nn.Parameter(torch.zeros(0))
+    empty.grad = torch.zeros(0)
+    Adafactor([empty], lr=1e-2, fused=fused).step()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "shape", [(512, 2048), (8192, 2048), (2048, 8192), (14336, 4096), (1000, 3001), (2048,)], ids=str
+    "shape", [(512, 2048), (8192, 2048), (2048, 8192), (14336, 4096), (9001, 1031), (2048,), (9000,)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_equal_the_eager_update_at_real_sizes(shape, dtype):

@@ -278,6 +278,21 @@ def test_padded_rows_and_targets_change_neither_loss_nor_scores(architecture):
     torch.testing.assert_close(*scores)
 
 
+def test_random_numbers_in_training_are_seen_where_no_module_or_setting_tells():
+    """OPT draws its dropout by a function; without its own random state again, a rerun layer would draw another."""
+    batch = make_batch()
+    for architecture in ARCHITECTURES:
+        assert not common.draws_random_numbers(make_model(architecture), batch, nullcontext), architecture
+    config = transformers.OPTConfig(
+        vocab_size=400, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    )
+    for dropout, expected in ((0.1, True), (0.0, False)):
+        config.dropout = dropout
+        model = transformers.OPTForCausalLM(config).eval()
+        assert common.draws_random_numbers(model, batch, nullcontext) == expected
+        assert not model.training
+
+
 def test_rows_from_host_are_the_embeddings():
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -287,10 +302,11 @@ def test_rows_from_host_are_the_embeddings():
 
 
 def test_compiled_layers_hand_over_one_gradient_at_a_time():
-    """Traced but not compiled (backend "eager"): same gradients as plain layers, and at most one alive in each hook."""
+    """Traced but not compiled (backend "aot_eager"): same gradients as plain layers, and at most one alive in each hook."""
     batch, plain = make_batch(), make_model("llama")
     common.choose_trained(plain, "layers")
     compiled = copy.deepcopy(plain)
+    torch._dynamo.utils.counters.clear()
     finetune_lowmem.compile_layers(compiled, backend="aot_eager")
     alive = []
     for model in (plain, compiled):
@@ -299,6 +315,7 @@ def test_compiled_layers_hand_over_one_gradient_at_a_time():
     for p, q in zip(plain.parameters(), compiled.parameters(), strict=True):
         if p.grad is not None:
             torch.testing.assert_close(q.grad, p.grad)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 3, "nothing was compiled"
     matrices = [p for p in compiled.parameters() if p.requires_grad and p.ndim > 1]
     compiled.zero_grad()
 

@@ -582,7 +582,7 @@ def test_a_gpu_that_is_too_small_ends_in_one_line(capsys):
         common.run_command(main)
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: out of GPU memory, lower --batch_size")
+    assert line.startswith("error: out of GPU memory, start again with a smaller --batch_size")
 
 
 def test_no_compile_changes_nothing_on_a_cpu(run, capsys):
