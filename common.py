@@ -607,16 +607,19 @@ def load_rows(args, split):
     return rows
 
 
+def _all_sequences(data):
+    train, validation = data
+    return [*train, *(s for row in validation for s in row.sequences)]
+
+
 def largest_id(data):
     """The largest token id in (training sequences, evaluation rows)."""
-    train, validation = data
-    return max(max(s.ids) for s in [*train, *(s for row in validation for s in row.sequences)])
+    return max(max(s.ids) for s in _all_sequences(data))
 
 
 def longest_sequence(data):
     """Tokens of the longest sequence in (training sequences, evaluation rows)."""
-    train, validation = data
-    return max(len(s.ids) for s in [*train, *(s for row in validation for s in row.sequences)])
+    return max(len(s.ids) for s in _all_sequences(data))
 
 
 def planned_steps(args, data):

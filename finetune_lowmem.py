@@ -105,7 +105,7 @@ def keep_on_host(model, device):
 
 
 def shrink_context():
-    """Make CUDA take less of the GPU for itself: on an H100 0.6 GiB instead of 1.0, cuBLAS's workspaces included."""
+    """Make CUDA take less of the GPU for itself: on an H100 0.55 GiB instead of 0.76, graphs included."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:1")  # 4 MiB instead of 32, twice for each thread and stream
     torch.autograd.set_multithreading_enabled(False)  # backward on this thread, with its workspace
     torch.cuda.set_stream(torch.cuda.Stream())  # graphs cannot be captured on the default stream: one other for all
@@ -162,12 +162,11 @@ class Graphs:
         self.function, self.pool, self.rows, self.graphs = function, pool, rows, {}
 
     def __call__(self, batch):
-        count = len(batch.targets)
-        batch = common.pad_batch(batch, self.rows, -(-count // 128) * 128)
-        shape = batch.ids.shape
+        count, (rows, length) = len(batch.targets), batch.ids.shape
+        shape = max(rows, self.rows), length
         if shape not in self.graphs or len(self.graphs[shape][1].targets) < count:
             self.graphs.pop(shape, None)  # its memory first
-            self.graphs[shape] = self._capture(batch)
+            self.graphs[shape] = self._capture(common.pad_batch(batch, self.rows, -(-count // 128) * 128))
         graph, inputs, result = self.graphs[shape]
         batch = common.pad_batch(batch, self.rows, len(inputs.targets))
         for name in ("ids", "positions", "targets", "weights"):
