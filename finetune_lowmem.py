@@ -123,16 +123,21 @@ def leave_out_masks(model, longest):
     """Let attention know by itself that it is causal: with the padding on the right no mask is needed.
 
     transformers makes a mask in each forward pass, and for it looks at the positions on the host: the GPU would wait. A
-    model that attends to fewer than `longest` tokens keeps its masks.
+    model with a window of fewer than `longest` tokens gets them all: transformers would leave out some, but not while a
+    graph is captured, which would then need code that `warm_up` has not compiled.
     """
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
 
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    if config._attn_implementation == "sdpa" and all(window is None or window >= longest for window in windows):
-        AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
-        model.set_attn_implementation("sdpa_without_mask")
+    if config._attn_implementation == "sdpa":
+        name = "sdpa_without_mask" if all(w is None or w >= longest for w in windows) else "sdpa_with_mask"
+        AttentionInterface.register(name, sdpa_attention_forward)
+        if name == "sdpa_with_mask":
+            AttentionMaskInterface.register(name, lambda **how: sdpa_mask(**how | {"allow_is_causal_skip": False}))
+        model.set_attn_implementation(name)
 
 
 def compile_layers(model, backend="inductor"):

@@ -258,8 +258,15 @@ def test_leaving_out_masks_changes_nothing_and_keeps_short_windows(architecture)
     before = model.base_model(input_ids=batch.ids).last_hidden_state
     finetune_lowmem.leave_out_masks(model, longest=40)
     windowed = getattr(model.config, "sliding_window", None) is not None
-    assert (model.config._attn_implementation == "sdpa_without_mask") == (not windowed)
+    assert model.config._attn_implementation == ("sdpa_with_mask" if windowed else "sdpa_without_mask")
+    masks = []
+    for layer in common.decoder_layers(model):
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+        )
     assert (model.base_model(input_ids=batch.ids).last_hidden_state - before).abs().max() < 1e-5
+    assert [mask is not None for mask in masks] == [windowed] * len(masks)
+    model = make_model(architecture)
     finetune_lowmem.leave_out_masks(model, longest=16)
     assert model.config._attn_implementation == "sdpa_without_mask"
     first = before[:, :16]

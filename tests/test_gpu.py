@@ -52,7 +52,8 @@ def test_compiled_and_graphed_runs_follow_the_plain_one(run):
         for phase in ("load", "train", "eval"):
             peak = summary["memory_gib"][phase]
             assert 0 < peak["allocated"] <= peak["reserved"] < peak["device"]
-        assert summary["memory_gib"]["eval"]["allocated"] <= summary["memory_gib"]["train"]["allocated"]
+        # to 2 MiB: this model's training takes 4
+        assert summary["memory_gib"]["eval"]["allocated"] <= summary["memory_gib"]["train"]["allocated"] + 2 / 1024
         assert summary["seconds_to_first_step"] > 0
 
 
