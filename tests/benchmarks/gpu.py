@@ -200,6 +200,7 @@ def worker(name, args):
         summary = module.main([*argv, *flags])
     result = {
         "case": name,
+        "commit": args.commit,
         "shape": shape,
         "flags": flags,
         "batch_size": summary["args"]["batch_size"],
@@ -270,7 +271,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", required=True, help="JSON; cases that it already holds are replaced, others kept")
     parser.add_argument("--commit", default=commit(), help="recorded in the results; asked of git if left out")
     parser.add_argument(
         "--only", nargs="+", default=["kernels", *CASES], choices=["kernels", *CASES, *REAL_MODEL_CASES]
@@ -283,11 +284,14 @@ def main():
     if args.case is not None:
         worker(args.case, args)
         return
-    found = {"commit": args.commit, "cases": []}
+    out = Path(args.out)
+    found = json.loads(out.read_text()) if out.exists() else {"cases": []}
     if "kernels" in args.only:  # in a process of its own, whose CUDA context ends with it
         command = [sys.executable, __file__, *sys.argv[1:], "--case", "kernels"]
-        found |= json.loads(subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[-1])
-        print(found, flush=True)
+        kernels = json.loads(subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[-1])
+        found["kernels"] = kernels | {"commit": args.commit}
+        print(kernels, flush=True)
+        out.write_text(json.dumps(found, indent=1))
     print(
         f"{'':48}{'batch':>6}{'allocated':>10}{'reserved':>9}{'device':>8}{'(eval)':>8}{'rows/s':>8}{'ms/step':>8}{'busy':>7}{'ratio':>6}{'first':>6}"
     )
@@ -299,8 +303,8 @@ def main():
             print(f"{case} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}", flush=True)
             continue
         r = json.loads(done.stdout.splitlines()[-1]) | {"whole_run_seconds": time.perf_counter() - began}
-        found["cases"].append(r)
-        Path(args.out).write_text(json.dumps(found, indent=1))
+        found["cases"] = [c for c in found["cases"] if c["case"] != case] + [r]
+        out.write_text(json.dumps(found, indent=1))
         train, evaluation = r["memory_gib"]["train"], r["memory_gib"]["eval"]
         print(
             f"{case:<48}{r['batch_size']:>6}{train['allocated']:>10.2f}{train['reserved']:>9.2f}{train['device']:>8.2f}"

@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as ours: less memory lost in gaps
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # so that asking for a GPU does not start CUDA before the fork
 
 import torch
@@ -186,6 +187,7 @@ def measure(peer, shape, steps, args):
     PEERS[peer][1](model, batches, after_step)
     timed = len(stamps) * 2 // 3
     result = {
+        "card": torch.cuda.get_device_name(),
         "device_gib": peak,
         "allocated_gib": torch.cuda.max_memory_allocated() / common.GIB,
         "rows_per_second": 8 * timed / (stamps[-1] - stamps[-1 - timed]),
@@ -203,18 +205,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", required=True, help="JSON; results that it already holds are replaced, others kept")
     parser.add_argument("--commit", default=gpu.commit())
     parser.add_argument("--shapes", nargs="+", default=["1B", "8B", "SmolLM2"])
     parser.add_argument("--only", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--timeout", type=float, default=90, help="seconds a peer may take")
     args = parser.parse_args()
     processes = multiprocessing.get_context("fork")  # imports are done, CUDA is not started: a context of its own each
-    found = {"commit": args.commit, "torch": torch.__version__, "transformers": transformers.__version__, "peers": []}
+    out = Path(args.out)
+    found = json.loads(out.read_text()) if out.exists() else {"peers": []}
     for shape in args.shapes:
         for peer in args.only:
             package = PEERS[peer][0]
-            result = {"peer": peer, "shape": shape}
+            result = {"peer": peer, "shape": shape, "commit": args.commit}
+            result |= {"torch": torch.__version__, "transformers": transformers.__version__}
             try:
                 result["package"] = f"{package} {version(package)}"
                 queue = processes.Queue()
@@ -229,8 +233,8 @@ def main():
                 process.join()
             except PackageNotFoundError:
                 result["failed"] = f"missing: {package} is not installed"
-            found["peers"].append(result)
-            Path(args.out).write_text(json.dumps(found, indent=1))
+            found["peers"] = [p for p in found["peers"] if (p["peer"], p["shape"]) != (peer, shape)] + [result]
+            out.write_text(json.dumps(found, indent=1))
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}, flush=True)
 
 
