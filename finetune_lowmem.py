@@ -123,9 +123,8 @@ def leave_out_masks(model, longest):
     """Let attention know by itself that it is causal: with the padding on the right no mask is needed.
 
     transformers makes a mask in each forward pass, and for it looks at the positions on the host: the GPU would wait. A
-    model with a window of fewer than `longest` tokens gets them all: transformers would leave out some, but not while a
-    graph is captured, which would then need code that `warm_up` has not compiled. So might another layout of the masks,
-    and attention that takes them is not compiled.
+    model with a window of fewer than `longest` tokens gets them all, in one layout: transformers would leave out some
+    and expand others, but not while a graph is captured, which would then need code that `warm_up` has not compiled.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -135,11 +134,11 @@ def leave_out_masks(model, longest):
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     if config._attn_implementation == "sdpa":
         name = "sdpa_without_mask" if all(w is None or w >= longest for w in windows) else "sdpa_with_mask"
-        attention = sdpa_attention_forward
+        AttentionInterface.register(name, sdpa_attention_forward)
         if name == "sdpa_with_mask":
-            attention = torch.compiler.disable(attention)
-            AttentionMaskInterface.register(name, lambda **how: sdpa_mask(**how | {"allow_is_causal_skip": False}))
-        AttentionInterface.register(name, attention)
+            AttentionMaskInterface.register(
+                name, lambda **how: sdpa_mask(**how | {"allow_is_causal_skip": False}).contiguous()
+            )
         model.set_attn_implementation(name)
 
 

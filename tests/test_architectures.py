@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import ARCHITECTURES, make_model
+from torch._dynamo.testing import CompileCounter
 
 import common
 import finetune_base
@@ -271,6 +272,25 @@ def test_leaving_out_masks_changes_nothing_and_keeps_short_windows(architecture)
     assert model.config._attn_implementation == "sdpa_without_mask"
     first = before[:, :16]
     assert (model.base_model(input_ids=batch.ids[:, :16]).last_hidden_state - first).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3", "mistral"])
+def test_a_capture_needs_nothing_that_a_warm_up_has_not_compiled(architecture, monkeypatch):
+    """transformers makes masks otherwise where it believes that a graph is captured."""
+    torch._dynamo.reset()
+    compiled = CompileCounter()
+    model = make_model(architecture)
+    finetune_lowmem.leave_out_masks(model, longest=40)
+    finetune_lowmem.compile_layers(model, backend=compiled)
+    batches = [make_batch(rows=6, length=length) for length in (40, 24)]
+    for batch in batches:
+        model.base_model(input_ids=batch.ids, use_cache=False)
+    after_warm_up = compiled.frame_count
+    assert after_warm_up > 0
+    monkeypatch.setattr(transformers.masking_utils, "is_tracing", lambda *_: True)
+    for batch in batches:
+        model.base_model(input_ids=batch.ids, use_cache=False)
+    assert compiled.frame_count == after_warm_up
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi", "gemma2"])
