@@ -50,6 +50,11 @@ REAL_MODEL_CASES = {  # with the demo's SmolLM2, read from --tokenizer
     "low-memory SmolLM2, --no_compile, eager update": ("finetune_lowmem", None, ["--no_compile"], (64, 64, 0), None),
 }
 
+EAGER_PATHS = {
+    "low-memory 1B": "low-memory 1B, --no_compile",
+    "low-memory SmolLM2": "low-memory SmolLM2, --no_compile, eager update",
+}
+
 
 def make_folder(shape, tokenizer, folder):
     """A model folder with config and tokenizer; its weights file is a stand-in that `random_model` never reads."""
@@ -262,6 +267,18 @@ def update_bandwidth():
     return found
 
 
+def loss_differences(cases):
+    """Lines that compare the losses of single steps, by graphs and kernels and by the eager path with the same seed."""
+    losses = {case["case"]: case["losses"] for case in cases}
+    for name, eager in EAGER_PATHS.items():
+        if name in losses and eager in losses:
+            differences = [a - b for a, b in zip(losses[name], losses[eager], strict=False)]
+            yield (
+                f"{name} minus eager, loss in nats over {len(differences)} steps: "
+                f"mean {statistics.mean(differences):.4f}, largest {max(map(abs, differences)):.4f}"
+            )
+
+
 def commit():
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return done.stdout.strip() or None
@@ -312,6 +329,7 @@ def main():
             f"{r.get('wall_over_busy', 0):>6.2f}{r['seconds_to_first_step']:>6.0f}",
             flush=True,
         )
+    print(*loss_differences(found["cases"]), sep="\n")
 
 
 if __name__ == "__main__":
