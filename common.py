@@ -622,10 +622,17 @@ def longest_sequence(data):
     return max(len(s.ids) for s in _all_sequences(data))
 
 
-def planned_steps(args, data):
-    """Training steps of a whole run with these settings on (training sequences, evaluation rows)."""
-    steps = args.epochs * -(-len(data[0]) // args.batch_size)
-    return min(steps, args.max_steps or steps)
+def planned_work(args, data, tokens_per_batch=1024):
+    """(training steps, evaluation batches) ahead of a run with these settings on (training sequences, evaluation rows).
+
+    Evaluation batches as if full of `tokens_per_batch` tokens.
+    """
+    train, validation = data
+    steps = args.epochs * -(-len(train) // args.batch_size)
+    tokens = sum(len(s.ids) for row in validation for s in row.sequences)
+    checkpoint = last_checkpoint(Path(args.output_dir) / args.run_name) if args.resume else None
+    done = json.loads((checkpoint / "state.json").read_text())["progress"]["step"] if checkpoint else 0
+    return max(0, min(steps, args.max_steps or steps) - done), (args.epochs + 1) * tokens // tokens_per_batch
 
 
 def load_data(args, tokenizer, limit):
@@ -1192,8 +1199,8 @@ class Memory:
     """Peak memory of each phase (load, train, eval) in GiB: {phase: {allocated, reserved, device}}.
 
     On a GPU: allocated and reserved are the caching allocator's peaks; device is all that is in use on the card, CUDA
-    context and other processes included, sampled at log lines and at the end of each phase (the allocator keeps what it
-    has reserved until then). On a CPU: device is the process's peak resident size so far, the others None.
+    context and other processes included, at the allocator's peak; the rest is sampled at log lines and at the end of
+    each phase. On a CPU: device is the process's peak resident size so far, the others None.
     """
 
     def __init__(self, device):
@@ -1218,7 +1225,8 @@ class Memory:
             now = {
                 "allocated": torch.cuda.max_memory_allocated(),
                 "reserved": torch.cuda.max_memory_reserved(),
-                "device": total - free,
+                # with what the allocator had reserved at most and has given back since
+                "device": total - free + torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved(),
             }
         else:
             import resource  # not on Windows

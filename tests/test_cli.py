@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -604,3 +605,20 @@ def test_odd_rows_train_and_score(run, tmp_path):
     for script in SCRIPTS:
         summary, _ = run(script, script, "--dataset", folder, "--epochs", 1, "--batch_size", 3)
         assert (summary["rows"], summary["eval"][1]["rows"]) == (8, 8)
+
+
+def test_work_ahead_counts_what_is_left(run, tmp_path):
+    """60 rows by 4 are 15 steps an epoch; 100 tokens a sequence make 40 evaluation batches of 10 rows."""
+    data = (
+        [common.Sequence([0] * 9, 1)] * 60,
+        [common.EvalRow(0, 0, [common.Sequence([0] * 100, 1)] * 4, [1] * 4)] * 10,
+    )
+    args = SimpleNamespace(epochs=2, batch_size=4, max_steps=None, resume=False, output_dir=str(tmp_path), run_name="r")
+    assert common.planned_work(args, data, tokens_per_batch=100) == (30, 120)
+    args.max_steps = 20
+    assert common.planned_work(args, data, tokens_per_batch=100) == (20, 120)
+    run("finetune_lowmem", "r", "--epochs", 2, "--max_steps", 4)
+    args.resume = True
+    assert common.planned_work(args, data, tokens_per_batch=100) == (16, 120)
+    args.epochs = 0
+    assert common.planned_work(args, ([], data[1]), tokens_per_batch=100)[1] == 40

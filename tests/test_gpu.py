@@ -17,7 +17,8 @@ def run(tmp_path, model_folder, dataset_folder):
 
     def go(name, *flags, compiled=False, architecture="llama"):
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, finetune_lowmem; "
-        code += f"finetune_lowmem.COMPILING_PAYS = {0 if compiled else 10**9}; common.run_command(finetune_lowmem.main)"
+        code += f"finetune_lowmem.GRAPHS_PAY, finetune_lowmem.COMPILING_PAYS = 0, {0 if compiled else 10**9}; "
+        code += "common.run_command(finetune_lowmem.main)"
         argv = [
             "--run-name",
             name,

@@ -1,6 +1,6 @@
 """Our HellaSwag scores against lm-evaluation-harness's, row by row, with the demo's real model and rows in fp32.
 
-    python tests/benchmarks/harness.py --rows 200      # needs the demo's files: run a --demo once before
+    python tests/benchmarks/harness.py --rows 200 --out harness.json      # needs the demo's files: run a --demo once before
 
 Prints the largest difference of a log-likelihood and both accuracies. tests/test_hellaswag.py uses `harness_results` too.
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ def harness_results(model, tokenizer, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--out", type=Path, help="JSON")
     args = parser.parse_args()
     from transformers import AutoModelForCausalLM
 
@@ -58,9 +60,17 @@ def main():
     log_probs_of = lambda batch: common.target_log_probs(model, head, batch, torch.no_grad)  # noqa: E731
     ours = common.evaluate(model, prepared, model.device, limit, log_probs_of)
     theirs, accuracy = harness_results(model, tokenizer, rows)
-    print(f"{len(rows)} rows, largest difference {(torch.tensor(ours) - torch.tensor(theirs)).abs().max():.2e} nats")
-    print("harness:", accuracy)
-    print("ours:   ", common.accuracy(prepared, ours))
+    result = {
+        "model": common.DEMO_MODEL,
+        "rows": len(rows),
+        "largest_difference_nats": (torch.tensor(ours) - torch.tensor(theirs)).abs().max().item(),
+        "harness": accuracy,
+        "ours": common.accuracy(prepared, ours),
+        "versions": {"lm_eval": version("lm_eval"), **common.versions(model.device)},
+    }
+    print(json.dumps(result, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

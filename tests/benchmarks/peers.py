@@ -5,7 +5,7 @@
 
 The same rows in the same order as `gpu.py`'s cases, batch 8, decoder layers trained, gradient checkpointing, the model's
 own loss. Shapes 1B and 8B: random weights, for memory and speed. SmolLM2 (the model in --tokenizer): held-out gold NLL
-after the rows, each at its documented learning rate, which is not tuned here. A peer that is not installed is reported
+after the rows, each at the learning rate that its function names, which is not tuned here. A peer that is not installed is reported
 as missing, one that does not fit or fails with the reason.
 """
 
@@ -99,14 +99,14 @@ def adalomo(model, batches, after_step):
 
 
 def galore_layerwise(model, batches, after_step):
-    """GaLoreAdamW8bit, rank 128, in backward (its per-layer mode), 2e-5 with its scale of 0.25."""
+    """GaLoreAdamW8bit in backward (its per-layer mode), with its published fine-tuning recipe: rank 4, scale 4, 3e-5."""
     import galore_torch
 
     def make(p):
         group = {"params": [p]}
         if p.ndim > 1:
-            group |= {"rank": 128, "update_proj_gap": 400, "scale": 0.25, "proj_type": "std"}
-        return galore_torch.GaLoreAdamW8bit([group], lr=2e-5)
+            group |= {"rank": 4, "update_proj_gap": 500, "scale": 4.0, "proj_type": "std"}
+        return galore_torch.GaLoreAdamW8bit([group], lr=3e-5)
 
     step_in_backward(model, make)
     plain_loop(model, batches, after_step, torch.Tensor.backward)
@@ -155,7 +155,7 @@ def worker(peer, shape, steps, args, queue):
     try:
         queue.put(measure(peer, shape, steps, args))
     except Exception as error:  # any library's any error: it is the result
-        queue.put({"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"})
+        queue.put({"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
 
 
 def measure(peer, shape, steps, args):

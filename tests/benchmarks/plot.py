@@ -14,7 +14,7 @@ def points(gpu, peers, shape):
     found = [
         (case["case"].removesuffix(f" {shape}"), max(phase["device"] for phase in case["memory_gib"].values()), case["rows_per_second"], True)
         for case in gpu["cases"]
-        if case["case"] in (f"low-memory {shape}", f"FP32 Adam {shape}")
+        if case["case"] in (f"low-memory {shape}", f"FP32 Adam {shape}") and "failed" not in case
     ]  # fmt: skip
     return found + [
         (peer["peer"], peer["device_gib"], peer["rows_per_second"], False)
