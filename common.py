@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import json
 import math
+import mmap
 import os
 import platform
 import random
@@ -19,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -98,7 +100,7 @@ def _number(kind, low, what):
 
 _count = _number(int, 0, "a whole number above 0")
 _count_or_zero = _number(int, -1, "a whole number, 0 or more")
-_rate = _number(float, 0, "a number above 0")
+above_zero = _number(float, 0, "a number above 0")
 
 
 def _run_name(text):
@@ -154,7 +156,7 @@ def argument_parser(description, batch_size, lr, demo_lr, log_every):
     )
     # How
     add("--batch_size", type=_count, default=batch_size, metavar="N", help="rows per step")
-    add("--lr", type=_rate, default=lr, help="learning rate")
+    add("--lr", type=above_zero, default=lr, help="learning rate")
     add("--epochs", type=_count_or_zero, default=3, metavar="N", help="passes over the training rows; 0 only evaluates")
     add("--max_steps", type=_count, metavar="N", help="stop after this many steps in all; None: no limit")
     add("--seed", type=_count_or_zero, default=42, help="seeds data order, torch and rounding")
@@ -300,6 +302,15 @@ def load_model(name, dtype):
     return model
 
 
+def weight_bytes(name, dtype):
+    """Bytes of the weights of the causal LM `name` in `dtype`, from its config alone. Raises UserError."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _explain_loading("model", name), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=dtype)
+    return size_in_bytes(model.parameters())
+
+
 class Fp32Products(TorchFunctionMode):
     """Matrix products of bf16 tensors in fp32, results in bf16 again.
 
@@ -400,17 +411,22 @@ class Head:
     def bias(self):
         return getattr(self.layer, "bias", None)
 
-    def logits(self, hidden):
-        """fp32 [n, vocabulary] logits of hidden [n, width]; without autograd nothing is rounded to bf16 on the way."""
-        hidden, weight = hidden * self.scale, self.weight
+    def logits(self, hidden, weight=None, bias=None):
+        """fp32 [n, vocabulary] logits of hidden [n, width]; without autograd nothing is rounded to bf16 on the way.
+
+        weight, bias: a part of the head's rows, if not all.
+        """
+        if weight is None:
+            weight, bias = self.weight, self.bias
+        hidden = hidden * self.scale
         if not hidden.is_cuda or weight.dtype == torch.float32:
             logits = hidden.float() @ weight.float().T
         elif torch.is_grad_enabled():
             logits = (hidden @ weight.T).float()
         else:
             logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        if self.bias is not None:
-            logits = logits + self.bias.float()
+        if bias is not None:
+            logits = logits + bias.float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def pieces(self, *tensors):
@@ -432,6 +448,17 @@ class Head:
         return -self.log_probs(hidden, targets).mean()
 
 
+@contextmanager
+def refuse_what_fails(model):
+    """Turn what an unsupported architecture raises when it runs into a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{type(model).__name__} is not supported: {' '.join(str(error).split())[:200]}") from error
+
+
 def check_causal(model, data, batch, precision):
     """Refuse a model that does not take the data's ids, or in which a position sees later ones and so its answer.
 
@@ -446,18 +473,12 @@ def check_causal(model, data, batch, precision):
     changed = batch.ids.clone()
     changed[:, half:] = (changed[:, half:] + 1) % size
     model.eval()
-    try:
-        with torch.no_grad(), precision():
-            before, after = (
-                model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :half].float()
-                for ids in (batch.ids, changed)
-            )
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{name} is not supported: {' '.join(str(error).split())[:200]}") from error
-    finally:
-        model.train(was_training)
+    with refuse_what_fails(model), torch.no_grad(), precision():
+        before, after = (
+            model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :half].float()
+            for ids in (batch.ids, changed)
+        )
+    model.train(was_training)
     # equal shapes run the same kernels; 1 % leaves room for those whose sums run in another order
     if (before - after).norm() > 0.01 * before.norm():
         raise UserError(f"{name} is not supported: it is not causal, a token changes what comes before it")
@@ -622,7 +643,7 @@ def longest_sequence(data):
     return max(len(s.ids) for s in _all_sequences(data))
 
 
-def planned_work(args, data, tokens_per_batch=1024):
+def planned_work(args, data, tokens_per_batch):
     """(training steps, evaluation batches) ahead of a run with these settings on (training sequences, evaluation rows).
 
     Evaluation batches as if full of `tokens_per_batch` tokens.
@@ -755,6 +776,17 @@ def small_batch(data, limit):
     full = train[:2] or [row.sequences[row.label] for row in validation[:2]]
     cut = [s.ids[-33:] for s in full]
     return collate([Sequence(ids, min(s.targets, len(ids) - 1)) for s, ids in zip(full, cut, strict=True)], limit)
+
+
+def largest_batch(data, batch_size, multiple, limit):
+    """A batch as long as the longest of `batch_size` training sequences, with as many targets as any can have."""
+    train = data[0] or [s for row in data[1] for s in row.sequences]
+    length = max(padded_lengths(train, multiple, limit))
+    targets = sum(sorted(s.targets for s in train)[-batch_size:])
+    ids = torch.zeros(batch_size, length, dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORE)
+    labels.view(-1)[-min(targets, labels.numel()) :] = 0
+    return Batch.of(ids, labels, tokens=ids.numel())
 
 
 def batch_order(lengths, batch_size, seed, epoch):
@@ -1113,20 +1145,6 @@ def fused_adafactor_update(p, g, row, col, lr, beta2, rounding, count, number, s
     )  # fmt: skip
 
 
-@_kernel
-def _copy_rows(table, ids, out, width, BLOCK: tl.constexpr):
-    row, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(table + tl.load(ids + row) * width + at, mask=at < width)
-    tl.store(out + row.to(tl.int64) * width + at, values, mask=at < width)
-
-
-def rows_from_host(table, ids):
-    """table[ids] on the GPU of ids, int64 of any shape, while table [n, width] stays in pinned host memory."""
-    out = torch.empty(*ids.shape, table.shape[1], dtype=table.dtype, device=ids.device)
-    _copy_rows[ids.numel(), triton.cdiv(table.shape[1], 1024)](table, ids.contiguous(), out, table.shape[1], 1024)
-    return out
-
-
 def _as_matrix(x):
     return x.view(-1, x.shape[-1] if x.ndim > 1 else 1)
 
@@ -1205,6 +1223,7 @@ class Memory:
 
     def __init__(self, device):
         self.on_gpu, self.peaks = device.type == "cuda", {}
+        self.total = torch.cuda.mem_get_info()[1] if self.on_gpu else psutil.virtual_memory().total
         self.start("load")
 
     def start(self, phase):
@@ -1238,6 +1257,49 @@ class Memory:
         return peak["device"]
 
 
+def host_memory(shape, dtype, device):
+    """An empty tensor in host memory, page-locked if `device` is a GPU, which then copies from and to it by itself.
+
+    Registered where it is, because PyTorch's own pinned memory comes in powers of two. Raises UserError.
+    """
+    if device.type != "cuda":
+        return torch.empty(shape, dtype=dtype)
+    size = math.prod(shape) * dtype.itemsize
+    if size > psutil.virtual_memory().available:
+        raise UserError(
+            f"there is no host memory for {size / GIB:.2f} GiB more of the model's weights: close other programs, or "
+            "allow a larger --memory_budget"
+        )
+    memory = mmap.mmap(-1, size)
+    tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
+    cudart, address = torch.cuda.cudart(), tensor.data_ptr()
+    if int(cudart.cudaHostRegister(address, size, 0)):
+        raise UserError(f"{size / GIB:.2f} GiB of host memory cannot be page-locked: allow a larger --memory_budget")
+    weakref.finalize(memory, cudart.cudaHostUnregister, address).atexit = False
+    return tensor
+
+
+def page_locked(tensor, device):
+    """The tensor as a copy in `host_memory`, or as it is if it is there already or `device` is no GPU."""
+    if device.type != "cuda" or tensor.is_pinned():
+        return tensor
+    return host_memory(tensor.shape, tensor.dtype, device).copy_(tensor)
+
+
+@_kernel
+def _copy_rows(table, ids, out, width, BLOCK: tl.constexpr):
+    row, at = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(table + tl.load(ids + row) * width + at, mask=at < width)
+    tl.store(out + row.to(tl.int64) * width + at, values, mask=at < width)
+
+
+def rows_from_host(table, ids):
+    """table[ids] on the GPU of ids, int64 of any shape, while table [n, width] stays in pinned host memory."""
+    out = torch.empty(*ids.shape, table.shape[1], dtype=table.dtype, device=ids.device)
+    _copy_rows[ids.numel(), triton.cdiv(table.shape[1], 1024)](table, ids.contiguous(), out, table.shape[1], 1024)
+    return out
+
+
 def size_in_bytes(tensors):
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -1257,6 +1319,7 @@ MAY_DIFFER = {
     "save_every",
     "no_save_model",
     "no_compile",
+    "memory_budget",
 }
 
 
@@ -1378,16 +1441,21 @@ class Run:
         log_probs_of,
         memory,
         pad_to=8,
+        eval_tokens=1024,
+        at_home=nullcontext,
     ):
         """gradients: (name, bytes) of the ledger's line; data: (training sequences, evaluation rows).
 
         log_probs_of: see `evaluate`. pad_to: batches are padded to a multiple of so many tokens.
+        eval_tokens: tokens of an evaluation batch.
+        at_home: context in which all weights can be read and written.
         """
         from torch.utils.tensorboard import SummaryWriter
 
         self.args, self.script, self.model, self.tokenizer = args, script, model, tokenizer
         self.trained, self.optimizer, self.gradients, self.memory = trained, optimizer, gradients, memory
         (self.train, self.validation), self.limit, self.log_probs_of, self.pad_to = data, limit, log_probs_of, pad_to
+        self.at_home, self.eval_tokens = at_home, eval_tokens
         self.device = next(iter(trained.values())).device
         self.progress = {
             "epoch": 1,
@@ -1407,7 +1475,8 @@ class Run:
         seed_everything(args.seed)  # whatever loading and the start-up checks drew
         checkpoint = last_checkpoint(self.dir) if args.resume else None
         if checkpoint:
-            self.progress = load_checkpoint(checkpoint, trained, optimizer)
+            with at_home():
+                self.progress = load_checkpoint(checkpoint, trained, optimizer)
             print(f"resuming after step {self.progress['step']}")
         elif args.resume:
             print("there is no checkpoint yet: starting from the beginning")
@@ -1497,7 +1566,8 @@ class Run:
         if self.saved_step != self.progress["step"]:
             self.metrics.flush()
             self.progress.update(loss_sum=self.loss_sum.item(), metrics_bytes=self.metrics.tell())
-            save_checkpoint(self.dir, self.args, self.progress, self.trained, self.optimizer)
+            with self.at_home():
+                save_checkpoint(self.dir, self.args, self.progress, self.trained, self.optimizer)
             self.saved_step = self.progress["step"]
 
     def evaluate(self, epoch):
@@ -1505,7 +1575,9 @@ class Run:
         if any(e["epoch"] == epoch for e in self.progress["eval"]):
             return
         self.memory.start("eval")
-        scores = evaluate(self.model, self.validation, self.device, self.limit, self.log_probs_of, pad_to=self.pad_to)
+        scores = evaluate(
+            self.model, self.validation, self.device, self.limit, self.log_probs_of, self.eval_tokens, self.pad_to
+        )
         if not all(math.isfinite(score) for row_scores in scores for score in row_scores):
             raise UserError(
                 f"evaluation after {self.progress['step']} steps gives scores that are not finite: the run has "
@@ -1529,7 +1601,8 @@ class Run:
         """Save the model unless told not to, write summary.json and print the closing table."""
         self.memory.sample()
         if not self.args.no_save_model:
-            self.model.save_pretrained(self.dir / "model")
+            with self.at_home():
+                self.model.save_pretrained(self.dir / "model")
             self.tokenizer.save_pretrained(self.dir / "model")
         self.metrics.close()
         self.board.close()
@@ -1561,8 +1634,13 @@ class Run:
 
     def _ledger(self):
         """{part: GiB} of the training phase's peak; on a GPU of the allocated bytes, on a CPU of the resident ones."""
+        storages = {  # a slot counts once, however many layers pass through it
+            p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+            for p in self.model.parameters()
+            if p.device == self.device
+        }
         parts = {
-            "weights": size_in_bytes(p for p in self.model.parameters() if p.device == self.device),
+            "weights": sum(storages.values()),
             "optimizer state": size_in_bytes(
                 v for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v)
             ),

@@ -9,16 +9,22 @@ The five techniques, in the order of this file:
   3. bf16 weights            2 bytes a parameter, kept unbiased by stochastic rounding      `common.Adafactor`
   4. gradient checkpointing  the activations of one layer at a time                         `main`
   5. small batches           8 rows; Adafactor's state is a row and a column per matrix     `main`
-Embeddings that are neither trained nor tied to the head stay in host memory (`keep_on_host`).
+Embeddings that are neither trained nor tied to the head stay in host memory (`keep_on_host`). With --memory_budget, or
+where a GPU is too small, so do decoder layers: they stream through two slots (`StreamedLayers`), the frozen head in
+pieces (`StreamedHead`), as many as do not fit (`choose_plan`).
 
 What a GPU also gets, so that CUDA takes little of it and the host never keeps it waiting: `shrink_context`,
 `leave_out_masks`, `compile_layers`, `Graphs`.
 """
 
 import ctypes
+import math
 import os
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from itertools import pairwise
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -28,6 +34,9 @@ import common
 GRAPHS_PAY = 65  # steps, or 195 evaluation batches: of a 1B model they take 9 s on an H100, and save 0.14 s a step
 COMPILING_PAYS = 5000  # steps: on an H100 it takes 22 s at the start, and saves 4.5 ms a step of a 1B model
 PAD_TO = 32  # tokens: few lengths, few graphs
+SLOTS = 2  # layers on the device of those that stream
+GRAPHS = 2**27  # bytes that CUDA takes for graphs
+PIECE = 2**25  # bytes of the head's weights on the device at a time, where they stream
 
 
 def precision():
@@ -45,6 +54,8 @@ def target_loss(head, hidden, targets, weights):
     On a GPU cut-cross-entropy's kernel (Wijmans et al. 2024), which keeps logits on chip; where it cannot run (no GPU,
     or a head with a bias) a piece of the positions at a time, each piece's logits made again in backward.
     """
+    if isinstance(head, StreamedHead):
+        return -(head.log_probs(hidden, targets) * weights).sum()
     if hidden.is_cuda and head.bias is None:
         from cut_cross_entropy.cce import CCEParams, linear_cross_entropy_apply  # needs triton, as only a GPU has
 
@@ -71,8 +82,8 @@ def training_loss(model, head, batch):
     return target_loss(head, hidden.flatten(0, 1)[batch.positions], batch.targets, batch.weights)
 
 
-def update_in_backward(optimizer, trained):
-    """Update each parameter as soon as backward has its whole gradient, and release that gradient at once.
+def update_in_backward(optimizer, trained, after=lambda p: None):
+    """Update each parameter as soon as backward has its whole gradient, release that gradient at once, call after(p).
 
     The hook runs once per backward pass and parameter, after all uses of a tied weight were summed. Returns handles.
     """
@@ -80,29 +91,34 @@ def update_in_backward(optimizer, trained):
     def update(p):
         optimizer.update(p)
         p.grad = None
+        after(p)
 
     return [p.register_post_accumulate_grad_hook(update) for p in trained.values()]
 
 
-def keep_on_host(model, device):
-    """Move the model to `device`, but let a GPU read untied, untrained input embeddings from host memory, row by row.
+def keep_on_host(model, device, head=False):
+    """Move all but the decoder layers to `device`, but let a GPU read untrained embeddings from host memory row by row.
 
-    They go to the GPU where looking up is more than copying rows (Gemma scales them). Returns whether they stay.
+    head: the head's weight is in host memory too, for `StreamedHead`. Otherwise embeddings tied to it go to the GPU, as
+    do those where looking up is more than copying rows (Gemma scales them). Returns whether the embeddings stay.
     """
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    on_host = (
-        device.type == "cuda"
-        and not embeddings.weight.requires_grad
-        and embeddings.weight is not head.weight
-        and type(embeddings) is torch.nn.Embedding
-    )
-    for module in [m for m in model.modules() if not (on_host and m is embeddings)]:
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+    embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
+    tied, layers = embeddings.weight is output.weight, common.decoder_layers(model)
+    on_host = device.type == "cuda" and can_stay_on_host(embeddings) and (head or not tied)
+    staying = [*layers.parameters(), *layers.buffers(), *[embeddings.weight] * on_host, *[output.weight] * head]
+    staying = {id(tensor) for tensor in staying}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in staying:
             tensor.data = tensor.data.to(device)
+    vars(embeddings).pop("forward", None)
     if on_host:
-        embeddings.weight.data = embeddings.weight.data.cpu().pin_memory()
+        embeddings.weight.data = common.page_locked(embeddings.weight.data, device)
         embeddings.forward = lambda ids: common.rows_from_host(embeddings.weight, ids)
     return on_host
+
+
+def can_stay_on_host(embeddings):
+    return not embeddings.weight.requires_grad and type(embeddings) is torch.nn.Embedding
 
 
 def shrink_context():
@@ -114,6 +130,351 @@ def shrink_context():
     # enlarges it by itself for a kernel that needs more than these 256.
     with suppress(OSError):
         ctypes.CDLL("libcuda.so.1").cuCtxSetLimit(0, ctypes.c_size_t(256))  # 0: CU_LIMIT_STACK_SIZE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streaming from host memory
+
+
+class Copies:
+    """Copies between host and device memory that run beside the computation, on a stream for each direction."""
+
+    def __init__(self, device):
+        self.cuda = torch.cuda if device.type == "cuda" else torch.cpu  # whose streams do nothing, copies wait
+        self.fetching, self.sending = self.cuda.Stream(), self.cuda.Stream()
+        self.arrived, self.busy = {}, set()
+
+    def fetch(self, target, source, key, after=None):
+        """Copy to the device once `after` (None: what has been launched) is done; `wait(key)` waits for its arrival."""
+        self.fetching.wait_stream(after or self.cuda.current_stream())
+        with self.cuda.stream(self.fetching):
+            target.copy_(source, non_blocking=True)
+            self.arrived[key] = self.fetching.record_event()
+        self.busy.add(self.fetching)
+
+    def send(self, target, source):
+        """Copy to host memory once what has been launched is done."""
+        self.sending.wait_stream(self.cuda.current_stream())
+        with self.cuda.stream(self.sending):
+            target.copy_(source, non_blocking=True)
+        self.busy.add(self.sending)
+
+    def wait(self, key):
+        """Let what is launched from now on wait for the last fetch of `key`."""
+        if key in self.arrived:
+            self.cuda.current_stream().wait_event(self.arrived[key])
+
+    def settle(self):
+        """Let what is launched from now on wait for all copies, as the end of a captured graph must."""
+        for stream in self.busy:
+            self.cuda.current_stream().wait_stream(stream)
+        self.arrived, self.busy = {}, set()
+
+
+class StreamedLayers:
+    """Decoder layers whose weights live in host memory and pass through a few slots on the device.
+
+    Layer i, counted among these layers, always uses slot i % slots. What the forward pass leaves in the slots is then
+    what the backward pass needs first, and what that leaves the next forward pass: nothing is copied twice. Parameters
+    are views of their slot for good, so that whatever runs, updates or captures a layer need not know. In forward, the
+    slot of a layer that has run is filled with the layer that is `slots` further on; in backward each parameter goes
+    home as soon as it is updated, and its place is filled. The host waits for none of it.
+
+    layers: more than `slots` modules, in the order of running, whose parameters have the same shapes and dtypes.
+    """
+
+    def __init__(self, layers, copies, device, slots=SLOTS):
+        self.copies, params = copies, [list(layer.parameters()) for layer in layers]
+        parts, size = [], 0  # bytes of a slot: a part for each parameter, where wide loads like it
+        for p in params[0] if params else []:
+            parts.append(slice(size, size + p.nbytes))
+            size += -(-p.nbytes // 256) * 256
+        self.slots = torch.empty(slots, size, dtype=torch.uint8, device=device)
+        self.place_of, self.home = {}, []
+        for i, layer in enumerate(params):
+            self.home.append(common.host_memory((size,), torch.uint8, device))
+            for p, part in zip(layer, parts, strict=True):
+                self.place_of[p] = i, part
+                _like(p, self.home[i][part]).copy_(p.data)
+                p.data = _like(
+                    p, self.slots[i % slots, part]
+                )  # its old memory is free before the next layer's is taken
+        self._fill()
+        self.runs_again = [False] * len(layers)
+        for i, layer in enumerate(layers):
+            layer.register_forward_pre_hook(lambda *_, i=i: self._before(i))
+            layer.register_forward_hook(lambda *_, i=i: self._after(i))
+
+    def _fill(self):
+        for slot, home in zip(self.slots, self.home, strict=False):
+            slot.copy_(home)
+
+    @contextmanager
+    def at_home(self):
+        """In this context the parameters are those in host memory, to be saved or loaded."""
+        self.copies.settle()
+        self.copies.cuda.synchronize()
+        for p, (i, part) in self.place_of.items():
+            p.data = _like(p, self.home[i][part])
+        try:
+            yield
+        finally:
+            for p, (i, part) in self.place_of.items():
+                p.data = _like(p, self.slots[i % len(self.slots), part])
+            self._fill()
+
+    def _before(self, i):
+        self.copies.wait(i)
+        # with gradient checkpointing a layer runs once in forward and once more in backward
+        self.runs_again[i] = torch.is_grad_enabled() and not self.runs_again[i]
+
+    def _after(self, i):
+        further, training = i + len(self.slots), torch.is_grad_enabled()
+        if training and not self.runs_again[i]:
+            return  # in backward `send_home` fetches
+        if further < len(self.home):
+            self._fetch(further)
+        elif not training and i >= len(self.slots):  # evaluation turns round here: back to what forward needs first
+            self._fetch(i % len(self.slots))
+
+    def _fetch(self, i, part=slice(None), after=None):
+        self.copies.fetch(self.slots[i % len(self.slots), part], self.home[i][part], key=i, after=after)
+
+    def seconds_per_step(self, head_bytes):
+        """What the copies of a step on a GPU take at least, by a trial: the layers' and as many bytes of a head."""
+        come = (self.copies.fetching, self.slots[0], self.home[0])
+        (alone,), (both, go) = _seconds(come), _seconds(come, (self.copies.sending, self.home[1], self.slots[1]))
+        fetched = len(self.home) - len(self.slots)
+        return (fetched + head_bytes / len(self.home[0])) * alone + max(fetched * both, len(self.home) * go)
+
+    def send_home(self, p):
+        """Send the updated parameter home, and fetch what comes into its place; nothing if it is not streamed."""
+        if p in self.place_of:
+            i, part = self.place_of[p]
+            self.copies.send(self.home[i][part], self.slots[i % len(self.slots), part])
+            if i >= len(self.slots):
+                self._fetch(i - len(self.slots), part, after=self.copies.sending)
+
+
+def _seconds(*copies):
+    """Seconds that each (stream, target, source) takes when all run at once."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in copies]
+    for _ in range(2):  # the second time counts
+        torch.cuda.synchronize()
+        for (stream, target, source), (start, end) in zip(copies, events, strict=True):
+            with torch.cuda.stream(stream):
+                start.record()
+                target.copy_(source, non_blocking=True)
+                end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1000 for start, end in events]
+
+
+def _like(p, buffer):
+    """The bytes of `buffer` as a tensor of p's dtype and shape."""
+    return buffer.view(p.dtype).view(p.shape)
+
+
+class StreamedHead(common.Head):
+    """A head that is not trained, whose weights stay in host memory and pass through the device in pieces.
+
+    Pieces take two buffers by turns; their number is even, and at the end the buffers hold the first two again.
+    """
+
+    def __init__(self, model, copies, device, piece=PIECE):
+        super().__init__(model)
+        vocabulary, width = self.weight.shape
+        pieces = 2 * -(-self.weight.nbytes // (2 * piece))
+        bounds = [vocabulary * k // pieces for k in range(pieces + 1)]
+        self.parts = [slice(*pair) for pair in pairwise(bounds)]
+        self.copies, self.buffers = copies, self.weight.new_empty(2, -(-vocabulary // pieces), width, device=device)
+        self.weight.data = common.page_locked(self.weight.data, device)
+        self.layer.forward = lambda hidden: torch.cat(
+            [F.linear(hidden, *part) for _, *part in self.weight_pieces()], -1
+        )
+        for k in range(2):
+            self._fetch(k)
+
+    def _buffer(self, k):
+        return self.buffers[k % 2, : self.parts[k].stop - self.parts[k].start]
+
+    def _fetch(self, k):
+        self.copies.fetch(self._buffer(k), self.weight.data[self.parts[k]], key=("head", k % 2))
+
+    def weight_pieces(self):
+        """Yield (slice of the vocabulary, its weights on the device, its bias or None); each is used up by the next."""
+        for k, part in enumerate(self.parts):
+            self.copies.wait(("head", k % 2))
+            yield part, self._buffer(k), None if self.bias is None else self.bias[part]
+            self._fetch((k + 2) % len(self.parts))
+
+    def logits(self, hidden):
+        return torch.cat([super(StreamedHead, self).logits(hidden, *part) for _, *part in self.weight_pieces()], -1)
+
+    def log_probs(self, hidden, targets):
+        return _StreamedLogProbs.apply(hidden, targets, self)
+
+
+class _StreamedLogProbs(torch.autograd.Function):
+    """fp32 [n]: log-probability of targets [n] after hidden [n, width], and its gradient by hidden, in one pass.
+
+    The softmax's running maximum and sum, rescaled from piece to piece (Milakov & Gimelshein 2018), carry the gradient
+    with them, so that the weights are needed only once.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, targets, head):
+        top = hidden.new_full((len(targets), 1), -math.inf, dtype=torch.float32)
+        total, of_target, mean, towards = 0.0, 0.0, 0.0, 0.0
+        for part, weight, bias in head.weight_pieces():
+            logits = common.Head.logits(head, hidden, weight, bias)
+            new_top = torch.maximum(top, logits.amax(1, keepdim=True))
+            shrink, e = (top - new_top).exp(), (logits - new_top).exp()
+            at = (targets - part.start).clamp(0, len(weight) - 1)[:, None]
+            here = ((targets >= part.start) & (targets < part.stop))[:, None]
+            total = total * shrink + e.sum(1, keepdim=True)
+            of_target = of_target + here * logits.gather(1, at)
+            if ctx.needs_input_grad[0]:
+                slope = 1 if head.softcap is None else 1 - (logits / head.softcap).square()
+                mean = mean * shrink + _product(e * slope, weight)
+                slope = slope if head.softcap is None else slope.gather(1, at)
+                towards = towards + here * slope * weight[at[:, 0]].float()
+            top = new_top
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward((head.scale * (towards - mean / total)).to(hidden.dtype))
+        return (of_target - top - total.log()).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad[:, None] * ctx.saved_tensors[0]).to(ctx.saved_tensors[0].dtype), None, None
+
+
+def _product(x, weight):
+    """fp32 x [n, v] times weight [v, width], by the device's fast way with fp32 sums."""
+    if x.is_cuda and weight.dtype != torch.float32:
+        return torch.mm(x.to(weight.dtype), weight, out_dtype=torch.float32)
+    return x @ weight.float()
+
+
+@dataclass
+class Plan:
+    """How many decoder layers stream and whether the head does; the predicted peak of the card, in bytes, if any."""
+
+    streamed: int
+    head_streams: bool
+    peak: int | None = None
+
+
+def place(model, plan, device):
+    """Put the weights where the plan says, streamed layers spread evenly over the depth; may be called again.
+
+    Returns (head, whether the embeddings stay on the host, copies, streamed layers).
+    """
+    copies, layers, alike = Copies(device), common.decoder_layers(model), layers_alike(model)
+    head = common.Head(model)
+    vars(head.layer).pop("forward", None)  # of an earlier placement
+    if plan.head_streams:
+        head = StreamedHead(model, copies, device)
+    on_host = keep_on_host(model, device, head=plan.head_streams)
+    streamed = [alike[len(alike) * k // plan.streamed] for k in range(plan.streamed)]
+    for layer in layers:
+        for tensor in (*layer.buffers(), *([] if layer in streamed else layer.parameters())):
+            tensor.data = tensor.data.to(device)
+    return head, on_host, copies, StreamedLayers(streamed, copies, device)
+
+
+def layers_alike(model):
+    """The decoder layers with parameters like the last one's; others (a first layer without experts) never stream."""
+    shapes = [[(p.shape, p.dtype) for p in layer.parameters()] for layer in common.decoder_layers(model)]
+    return [layer for layer, own in zip(common.decoder_layers(model), shapes, strict=True) if own == shapes[-1]]
+
+
+def plan_within(budget, rest, layers, layer, head):
+    """The plan that keeps most of `layers` decoder layers of `layer` bytes on the GPU, within `budget` bytes in all.
+
+    head: bytes that a head takes more if it does not stream, None if it cannot stream. rest: bytes of all else, with a
+    head that streams if it can. The head streams first: for the same bytes a layer is copied three times a step, the
+    head once. Raises UserError with the least budget that works.
+    """
+    everything, least = rest + layers * layer + (head or 0), rest + min(SLOTS, layers) * layer
+    if everything <= budget:
+        return Plan(0, False, everything)
+    if least > budget:
+        raise common.UserError(
+            f"--memory_budget: {budget / common.GIB:.2f} GiB are too few, this model at this --batch_size needs "
+            f"{math.ceil(100 * least / common.GIB) / 100:.2f} with all its layers streamed"
+        )
+    resident = (budget - least) // layer
+    if resident + SLOTS >= layers:
+        return Plan(0, head is not None, rest + layers * layer)
+    return Plan(layers - resident, head is not None, least + resident * layer)
+
+
+def choose_plan(model, trained, batch, budget, memory, device):
+    """The plan that fills the GPU up to `budget` bytes, CUDA's context and other programs' use included.
+
+    What a step needs beside weights is measured: a step of `batch`, the largest that comes, with the first layers only,
+    the others in host memory. Then PyTorch is kept from taking more than the budget leaves it.
+    """
+    if device.type != "cuda":
+        return Plan(0, False)
+    layers, alike = common.decoder_layers(model), layers_alike(model)
+    embeddings, output = model.get_input_embeddings(), common.Head(model).layer
+    can_stream = not output.weight.requires_grad and (
+        embeddings.weight is not output.weight or can_stay_on_host(embeddings)
+    )
+    with first_layers(model, SLOTS) as few:
+        head, _, copies, _ = place(model, Plan(0, can_stream), device)
+        optimizer = common.Adafactor([p for p in trained.values() if p.is_cuda], lr=0.0)  # moves nothing
+        handles = update_in_backward(optimizer, {p: p for p in optimizer.group_of})
+        memory.start("load")  # samples, then resets the allocator's peak
+        with common.refuse_what_fails(model):
+            training_loss(model, head, batch.to(device)).backward()
+        copies.settle()
+        for handle in handles:
+            handle.remove()
+        rest = torch.cuda.max_memory_reserved() - common.size_in_bytes(few.parameters())
+    memory.sample()
+    del optimizer
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    outside = total - free - torch.cuda.memory_reserved() + GRAPHS
+    rest += outside
+    rest += (len(layers) - len(few)) * batch.ids.numel() * embeddings.weight.shape[1] * output.weight.itemsize  # inputs
+    rest += sum(4 * sum(common._as_matrix(p).shape) for p in trained.values())
+    rest += common.size_in_bytes(layers.parameters()) - len(alike) * common.size_in_bytes(alike[0].parameters())
+    more = output.weight.nbytes - head.buffers.nbytes if can_stream else None
+    plan = plan_within(budget, rest, len(alike), common.size_in_bytes(alike[0].parameters()), more)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (budget - outside) / total))
+    return plan
+
+
+@contextmanager
+def first_layers(model, count):
+    """In this context the model has its first `count` decoder layers only; yields them."""
+    layers = common.decoder_layers(model)
+    owner, name = next(
+        (module, name) for module in model.modules() for name, child in module.named_children() if child is layers
+    )
+    config, few = model.config.get_text_config(), torch.nn.ModuleList(list(layers)[:count])
+    setattr(owner, name, few)
+    config.num_hidden_layers = len(few)
+    try:
+        yield few
+    finally:
+        setattr(owner, name, layers)
+        config.num_hidden_layers = len(layers)
+
+
+def check_host_memory(name, budget):
+    """Refuse, before anything is loaded, a model whose bf16 weights exceed `budget` bytes of GPU plus host memory."""
+    size, free = common.weight_bytes(name, torch.bfloat16), psutil.virtual_memory().available
+    if size - budget > free:
+        raise common.UserError(
+            f"{name} takes {size / common.GIB:.1f} GiB in bf16: {budget / common.GIB:.1f} may be on the GPU and "
+            f"{free / common.GIB:.1f} of host memory are free, which is too little; close other programs, or take a "
+            "smaller model"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +515,7 @@ def compile_layers(model, backend="inductor"):
         for module in layer.modules():
             if any(p.ndim > 1 for p in module.parameters(recurse=False)):
                 module.forward = torch.compiler.disable(module.forward)
-        layer.compile(dynamic=True, backend=backend)
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
 
 class Graphs:
@@ -282,7 +643,12 @@ def check_techniques(model, head, trained, optimizer, batch, on_host):
         problems.append(f"{wrong[0]} is {trained[wrong[0]].dtype} instead of bf16")
     if wrong := [name for name, p in model.named_parameters() if p.grad is not None]:
         problems.append(f"{wrong[0]} keeps a gradient")
-    if loss.is_cuda and head.bias is None and "LinearCrossEntropy" not in _names_in_graph(loss):
+    if (
+        type(head) is common.Head
+        and loss.is_cuda
+        and head.bias is None
+        and "LinearCrossEntropy" not in _names_in_graph(loss)
+    ):
         problems.append("cut-cross-entropy is off")
     if on_host and model.get_input_embeddings().weight.is_cuda:
         problems.append("untrained embeddings are on the GPU")
@@ -302,13 +668,35 @@ def _names_in_graph(loss):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def say(plan, model, streamed, budget):
+    """Print what was chosen for the GPU's memory."""
+    layers, head = len(common.decoder_layers(model)), model.get_output_embeddings().weight.nbytes * plan.head_streams
+    words = [f"{layers - plan.streamed} of {layers} decoder layers on the GPU"]
+    if plan.streamed:
+        words += [f"{plan.streamed} streamed through {SLOTS} slots"]
+    if plan.head_streams:
+        words += ["the head streamed"]
+    if plan.streamed:
+        words += [f"copies take {streamed.seconds_per_step(head):.3f} s a step"]
+    print(", ".join(words) + f"; predicted peak {plan.peak / common.GIB:.2f} GiB of {budget / common.GIB:.2f}")
+
+
 def main(argv=None):
     parser = common.argument_parser(__doc__.splitlines()[0], batch_size=8, lr=1e-4, demo_lr=3e-4, log_every=400)
     parser.add("--nostround", action="store_true", help="round to nearest instead of stochastically: the ablation")
     parser.add("--no_compile", action="store_true", help="run the model as it is: no torch.compile, no CUDA graphs")
+    parser.add(
+        "--memory_budget",
+        type=common.above_zero,
+        metavar="GIB",
+        help="memory of the GPU that may be in use in all, context and evaluation included; what does not fit streams "
+        "from host memory; None: 98 %% of the card",
+    )
     args = common.parse_arguments(parser, argv)
     device = common.set_up(args)
     on_gpu = device.type == "cuda"
+    if args.memory_budget and not on_gpu:
+        raise common.UserError("--memory_budget is for a GPU, and there is none here: leave it out")
     if on_gpu:
         shrink_context()
     memory = common.Memory(device)
@@ -316,11 +704,18 @@ def main(argv=None):
     # Data and model, the weights in bf16
     tokenizer, limit = common.load_tokenizer(args.model)
     data = common.load_data(args, tokenizer, limit)
+    budget = int(args.memory_budget * common.GIB if args.memory_budget else 0.98 * memory.total)
+    if on_gpu:
+        check_host_memory(args.model, budget)
     model = common.load_model(args.model, torch.bfloat16)
     trained = common.choose_trained(model, args.trained)
-    head = common.Head(model)
-    on_host = keep_on_host(model, device)
     leave_out_masks(model, longest=common.longest_sequence(data))
+    common.checkpoint_activations(model)
+    largest = common.largest_batch(data, args.batch_size, PAD_TO, limit)
+    plan = choose_plan(model, trained, largest, budget, memory, device)
+    head, on_host, copies, streamed = place(model, plan, device)
+    if on_gpu:
+        say(plan, model, streamed, budget)
     batch = common.small_batch(data, limit).to(device)
     losses = {
         "evaluation": head.mean_nll,
@@ -337,20 +732,25 @@ def main(argv=None):
     optimizer = common.Adafactor(
         trained.values(), lr=args.lr, rounding="nearest" if args.nostround else "stochastic", seed=args.seed
     )
-    update_in_backward(optimizer, trained)
+    update_in_backward(optimizer, trained, after=streamed.send_home)
     check_techniques(model, head, trained, optimizer, batch, on_host)
     gradients = ("largest gradient", max(common.size_in_bytes([p]) for p in trained.values()))
 
     def step(batch):
         loss = training_loss(model, head, batch)
         loss.backward()  # updates the weights too
+        copies.settle()
         return loss.detach()
 
     def log_probs_of(batch):
-        return common.target_log_probs(model, head, batch, precision)
+        log_probs = common.target_log_probs(model, head, batch, precision)
+        copies.settle()
+        return log_probs
 
     # On a GPU, compiled and as CUDA graphs
-    steps, evaluations = common.planned_work(args, data)
+    # Streamed, an evaluation batch costs a copy of the model: as many tokens as fit where training keeps twice as much
+    eval_tokens = 2 * largest.ids.numel() if plan.streamed else 1024
+    steps, evaluations = common.planned_work(args, data, eval_tokens)
     graphs = on_gpu and not args.no_compile and not random and steps + evaluations / 3 >= GRAPHS_PAY
     if on_gpu and random:
         print("the model draws random numbers (dropout): no CUDA graphs")
@@ -381,6 +781,8 @@ def main(argv=None):
         log_probs_of=log_probs_of,
         memory=memory,
         pad_to=PAD_TO if graphs else 8,
+        eval_tokens=eval_tokens,
+        at_home=streamed.at_home,
     )
     run.evaluate(epoch=0)
     for epoch in run.epochs():

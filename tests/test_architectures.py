@@ -80,8 +80,7 @@ def test_start_up_checks_pass_and_training_learns(architecture, trained):
     chosen = common.choose_trained(model, trained)
     frozen = {name: p.clone() for name, p in model.named_parameters() if name not in chosen}
     assert bool(frozen) == (trained == "layers")
-    head = common.Head(model)
-    finetune_lowmem.keep_on_host(model, CPU)
+    head, *_ = finetune_lowmem.place(model, finetune_lowmem.Plan(0, False), CPU)
     losses = {
         "evaluation": head.mean_nll,
         "loss": lambda hidden, targets: finetune_lowmem.target_loss(head, hidden, targets, batch.weights),
@@ -378,8 +377,8 @@ def test_gpu_gradients_against_fp32_truth(architecture, trained):
     truth, naive, ours = copy.deepcopy(model).float(), copy.deepcopy(model).cuda(), copy.deepcopy(model)
     own_loss(truth, batch).backward()
     own_loss(naive, batch.to("cuda")).backward()
-    finetune_lowmem.keep_on_host(ours, torch.device("cuda"))
-    finetune_lowmem.training_loss(ours, common.Head(ours), batch.to("cuda")).backward()
+    head, *_ = finetune_lowmem.place(ours, finetune_lowmem.Plan(0, False), torch.device("cuda"))
+    finetune_lowmem.training_loss(ours, head, batch.to("cuda")).backward()
     for (name, p), q, t in zip(ours.named_parameters(), naive.parameters(), truth.parameters(), strict=True):
         if t.grad is not None:
             error, naive_error = ((x.grad.cpu().float() - t.grad).norm() / t.grad.norm() for x in (p, q))
@@ -395,7 +394,7 @@ def test_gpu_embeddings_stay_on_the_host_when_untied_and_untrained():
     ):
         model = make_model(architecture).bfloat16()
         common.choose_trained(model, trained)
-        finetune_lowmem.keep_on_host(model, torch.device("cuda"))
+        finetune_lowmem.place(model, finetune_lowmem.Plan(0, False), torch.device("cuda"))
         places = {name: p.device.type for name, p in model.named_parameters()}
         assert [name for name, place in places.items() if place == "cpu"] == (
             ["model.embed_tokens.weight"] if on_host else []
@@ -413,8 +412,8 @@ def small_context():
 def gpu_steps(architecture, graphs, compiled=False):
     """(losses, weights) after ten steps on batches of two lengths and ten numbers of targets."""
     model = make_model(architecture, hidden_size=64, intermediate_size=128).bfloat16()
-    chosen, head = common.choose_trained(model, "layers"), common.Head(model)
-    finetune_lowmem.keep_on_host(model, torch.device("cuda"))
+    chosen = common.choose_trained(model, "layers")
+    head, *_ = finetune_lowmem.place(model, finetune_lowmem.Plan(0, False), torch.device("cuda"))
     finetune_lowmem.leave_out_masks(model, longest=64)
     common.checkpoint_activations(model, preserve_rng_state=False)
     optimizer = common.Adafactor(chosen.values(), lr=1e-2)

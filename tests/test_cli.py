@@ -404,6 +404,7 @@ BAD_ARGUMENTS = {
     "infinite lr": (["--lr", "inf"], "'inf' is not a number above 0"),
     "word for lr": (["--lr", "fast"], "'fast' is not a number above 0"),
     "negative epochs": (["--epochs", "-1"], "'-1' is not a whole number, 0 or more"),
+    "zero budget": (["--memory_budget", "0"], "--memory_budget"),
     "zero steps": (["--max_steps", "0"], "'0' is not a whole number above 0"),
     "zero rows": (["--train_rows", "0"], "'0' is not a whole number above 0"),
     "negative rows": (["--eval_rows", "-1"], "'-1' is not a whole number above 0"),
@@ -591,6 +592,11 @@ def test_no_compile_changes_nothing_on_a_cpu(run, capsys):
     second, _ = run("finetune_lowmem", "b", "--epochs", 1, "--no_compile")
     assert first["eval"] == second["eval"]
     assert "CUDA graphs" not in capsys.readouterr().out
+
+
+def test_a_memory_budget_needs_a_gpu(run):
+    with pytest.raises(common.UserError, match="--memory_budget is for a GPU"):
+        run("finetune_lowmem", "r", "--memory_budget", 4)
 
 
 def test_importing_the_scripts_does_nothing():

@@ -12,6 +12,7 @@ other on one stream. Layers are compiled as a run of 5,000 steps or more compile
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,14 @@ LLAMA = {
 SHAPES = {
     "1B": LLAMA
     | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
+    "32B": LLAMA
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "tie_word_embeddings": False,
+    },
     "8B": LLAMA
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "tie_word_embeddings": False},
 }
@@ -44,11 +53,19 @@ CASES = {
     "low-memory 8B": ("finetune_lowmem", "8B", [], (128, 64, 64), 15.5),
     "low-memory 8B, --no_compile": ("finetune_lowmem", "8B", ["--no_compile"], (16, 48, 16), 15.5),
 }
+BUDGETS = {  # --memory_budget: layers streamed from host memory; not compiled, as a run of fewer than 5,000 steps
+    f"{shape}, batch {batch}, {gib:g} GiB": ("finetune_lowmem", shape, ["--batch_size", str(batch)], (32, 32, 4), gib)
+    for shape, batch, gib in [
+        ("8B", 8, 2.5), ("8B", 8, 3), ("8B", 8, 4), ("8B", 8, 6), ("8B", 8, 8), ("8B", 8, 12), ("8B", 32, 4), ("8B", 32, 6),
+        ("1B", 8, 1.2), ("1B", 8, 1.7), ("32B", 8, 12),
+    ]
+}  # fmt: skip
 REAL_MODEL_CASES = {  # with the demo's SmolLM2, read from --tokenizer
     "low-memory SmolLM2": ("finetune_lowmem", None, [], (64, 64, 0), None),
     "low-memory SmolLM2, --no_compile, eager update": ("finetune_lowmem", None, ["--no_compile"], (64, 64, 0), None),
 }
 
+ALL_CASES = CASES | BUDGETS | REAL_MODEL_CASES
 EAGER_PATHS = {
     "low-memory 1B": "low-memory 1B, --no_compile",
     "low-memory 1B, not compiled": "low-memory 1B, --no_compile",
@@ -67,24 +84,26 @@ def make_folder(shape, tokenizer, folder):
     (folder / "model.safetensors").touch()
 
 
-def random_model(name, dtype, card=None):
-    """Stands in for common.load_model: random weights, the embeddings in host memory, as if read there.
-
-    card: GiB that the run may take of the GPU, a CUDA context of 0.58 GiB included. Not set earlier: it starts CUDA, which
-    has to find common.set_up's allocator settings.
-    """
+def random_model(name, dtype):
+    """Stands in for common.load_model: random weights in host memory, made on the GPU in parts of 64 MiB."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def on_host(module, *args, plain=torch.nn.Embedding.__init__, **options):
-        plain(module, *args, **options | {"device": "cpu"})
-
-    if card:
-        torch.cuda.set_per_process_memory_fraction((card - 0.58) * common.GIB / torch.cuda.mem_get_info()[1])
     torch.manual_seed(0)
-    torch.nn.Embedding.__init__, plain = on_host, torch.nn.Embedding.__init__
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=dtype)
-    torch.nn.Embedding.__init__ = plain
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    made = {}
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if p is not None and id(p) not in made:
+                made[id(p)] = torch.nn.Parameter(torch.ones(p.shape, dtype=dtype))
+                for part in made[id(p)].data.split(max(1, 2**25 // p.shape[-1])) if p.ndim > 1 else []:
+                    part.copy_(0.02 * torch.randn(part.shape, dtype=dtype, device="cuda"))
+            if p is not None:
+                module._parameters[key] = made[id(p)]
+    model.tie_weights()
+    torch.cuda.empty_cache()
     return model
 
 
@@ -175,13 +194,15 @@ def ledger(summary, config, length, context):
 
 def worker(name, args):
     """Run one case in this process; print its result as the last line."""
-    script, shape, flags, (before, timed, profiled), card = (CASES | REAL_MODEL_CASES)[name]
+    script, shape, flags, (before, timed, profiled), card = ALL_CASES[name]
     module = __import__(script)
     stopwatch = Stopwatch(before, timed, profiled)
     common.save_checkpoint = lambda *args: None
     if script == "finetune_lowmem":
         module.GRAPHS_PAY = 0  # as in a run of 65 steps or more
-        module.COMPILING_PAYS = 10**9 if "not compiled" in name else 0  # compiled as in one of 5,000 or more
+        module.COMPILING_PAYS = (
+            10**9 if "not compiled" in name or name in BUDGETS else 0
+        )  # compiled as in one of 5,000 or more
     if "eager update" in name:
 
         class EagerAdafactor(common.Adafactor):
@@ -192,7 +213,7 @@ def worker(name, args):
     with tempfile.TemporaryDirectory() as folder:
         model = args.tokenizer
         if shape:
-            common.load_model, model = lambda *args: random_model(*args, card), f"{folder}/model"
+            common.load_model, model = random_model, f"{folder}/model"
             make_folder(shape, args.tokenizer, Path(model))
         argv = ["--run-name", "x", "--output_dir", folder, "--model", str(model), "--dataset", args.dataset]
         argv += [
@@ -204,6 +225,7 @@ def worker(name, args):
             "--max_steps",
             str(before + timed + profiled),
         ]
+        flags = [*flags, *(["--memory_budget", str(card)] if card else [])]
         summary = module.main([*argv, *flags])
     result = {
         "case": name,
@@ -292,13 +314,8 @@ def main():
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--out", required=True, help="JSON; cases that it already holds are replaced, others kept")
     parser.add_argument("--commit", default=commit(), help="recorded in the results; asked of git if left out")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        default=["kernels", *CASES, *REAL_MODEL_CASES],
-        choices=["kernels", *CASES, *REAL_MODEL_CASES],
-    )
-    parser.add_argument("--case", choices=["kernels", *CASES, *REAL_MODEL_CASES], help="run this case in this process")
+    parser.add_argument("--only", nargs="+", default=["kernels", *ALL_CASES], choices=["kernels", *ALL_CASES])
+    parser.add_argument("--case", choices=["kernels", *ALL_CASES], help="run this case in this process")
     args = parser.parse_args()
     if args.case == "kernels":
         print(json.dumps({"copy_tb_per_s": round(copy_bandwidth(), 3), "update_us_and_tb_per_s": update_bandwidth()}))
@@ -315,7 +332,7 @@ def main():
         print(kernels, flush=True)
         out.write_text(json.dumps(found, indent=1))
     print(
-        f"{'':48}{'batch':>6}{'allocated':>10}{'reserved':>9}{'device':>8}{'(eval)':>8}{'rows/s':>8}{'ms/step':>8}{'busy':>7}{'ratio':>6}{'first':>6}"
+        f"{'':48}{'batch':>6}{'allocated':>10}{'reserved':>9}{'device':>8}{'(eval)':>8}{'rows/s':>8}{'ms/step':>8}{'busy':>7}{'ratio':>6}{'first':>6}{'planned':>8}{'copy':>6}"
     )
     for case in [name for name in args.only if name != "kernels"]:
         began = time.perf_counter()
@@ -329,13 +346,18 @@ def main():
             out.write_text(json.dumps(found, indent=1))
             continue
         r = json.loads(done.stdout.splitlines()[-1]) | {"whole_run_seconds": time.perf_counter() - began}
+        if said := re.search(r"(\d+) of \d+ decoder layers on the GPU.*predicted peak ([\d.]+)", done.stdout):
+            r |= {"layers_on_gpu": int(said[1]), "predicted_gib": float(said[2])}
+        if said := re.search(r"copies take ([\d.]+) s a step", done.stdout):
+            r |= {"copy_seconds": float(said[1]), "copy_share": float(said[1]) * 1000 / r["ms_per_step"]}
         found["cases"] = [c for c in found["cases"] if c["case"] != case] + [r]
         out.write_text(json.dumps(found, indent=1))
         train, evaluation = r["memory_gib"]["train"], r["memory_gib"]["eval"]
         print(
             f"{case:<48}{r['batch_size']:>6}{train['allocated']:>10.2f}{train['reserved']:>9.2f}{train['device']:>8.2f}"
             f"{evaluation['device']:>8.2f}{r['rows_per_second']:>8.1f}{r['ms_per_step']:>8.1f}{r.get('busy_ms_per_step', 0):>7.1f}"
-            f"{r.get('wall_over_busy', 0):>6.2f}{r['seconds_to_first_step']:>6.0f}",
+            f"{r.get('wall_over_busy', 0):>6.2f}{r['seconds_to_first_step']:>6.0f}"
+            f"{r.get('predicted_gib', 0):>8.2f}{r.get('copy_share', 0):>6.2f}",
             flush=True,
         )
     print(*loss_differences(found["cases"]), sep="\n")

@@ -1,0 +1,292 @@
+"""Streaming from host memory: the mechanism, on the CPU; whole runs on a GPU. python -m pytest tests/test_streaming.py"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ARCHITECTURES, make_model
+from test_architectures import CPU, checkpointed, make_batch
+from test_cli import lines, run, weights  # noqa: F401 (run is a fixture)
+
+import common
+import finetune_lowmem
+
+
+def make_run(architecture, streamed, slots=2, trained="layers", layers=5, device=CPU, copies=None, **shape):
+    """(step, score, weights): a bf16 model of five layers; `streamed` of them stream, the head too if it can."""
+    model = make_model(architecture, num_hidden_layers=layers, **shape).bfloat16()
+    chosen = common.choose_trained(model, trained)
+    copies, layers = copies or finetune_lowmem.Copies(device), common.decoder_layers(model)
+    head = (
+        finetune_lowmem.StreamedHead(model, copies, device, piece=8192) if trained == "layers" else common.Head(model)
+    )
+    finetune_lowmem.keep_on_host(model, device, head=trained == "layers")
+    for i, layer in enumerate(layers):
+        if i not in streamed:
+            layer.to(device)
+    checkpointed(model)
+    stack = None
+    if streamed:
+        stack = finetune_lowmem.StreamedLayers([layers[i] for i in streamed], copies, device, slots)
+    optimizer = common.Adafactor(chosen.values(), lr=1e-2, seed=3)
+    finetune_lowmem.update_in_backward(optimizer, chosen, *([stack.send_home] if stack else []))
+
+    def step(batch):
+        loss = finetune_lowmem.training_loss(model, head, batch)
+        loss.backward()
+        copies.settle()
+        return loss.detach()
+
+    @torch.no_grad()
+    def score(batch):
+        log_probs = common.target_log_probs(model, head, batch, finetune_lowmem.precision)
+        copies.settle()
+        return log_probs
+
+    def weights():
+        if stack is None:
+            return [p.detach().clone() for p in model.parameters()]
+        with stack.at_home():
+            return [p.detach().clone() for p in model.parameters()]
+
+    return step, score, weights
+
+
+@pytest.mark.parametrize("streamed", [range(5), [0, 1, 3, 4], [1, 2, 3, 4]])
+@pytest.mark.parametrize("slots", [2, 1, 3])
+def test_streamed_layers_train_as_resident_ones_do(streamed, slots):
+    """Bit for bit, evaluations and saving between the steps included."""
+    runs = [make_run("llama", layers, slots) for layers in ([], streamed)]
+    for seed in range(15):
+        batch = make_batch(seed)
+        losses = [step(batch) for step, *_ in runs]
+        assert torch.equal(*losses)
+        if seed % 3 == 0:
+            assert torch.equal(*(score(batch) for _, score, _ in runs))
+        if seed % 7 == 0:
+            resident, moved = (weights() for *_, weights in runs)
+            assert all(torch.equal(a, b) for a, b in zip(resident, moved, strict=True))
+
+
+class LateCopies(finetune_lowmem.Copies):
+    """Copies that are done as late as what waits for them allows; those of the base class, on a CPU, are done at once."""
+
+    def __init__(self):
+        super().__init__(CPU)
+        self.fetches, self.sends = [], []
+
+    def fetch(self, target, source, key, after=None):
+        self.fetches.append((target, source, key, after))
+
+    def send(self, target, source):
+        self.sends.append((target, source))
+
+    def wait(self, key):
+        while any(key == late for _, _, late, _ in self.fetches):  # a stream works in order
+            target, source, _, after = self.fetches.pop(0)
+            if after is self.sending:
+                self.send_all()
+            target.copy_(source)
+
+    def send_all(self):
+        for target, source in self.sends:
+            target.copy_(source)
+        self.sends = []
+
+    def settle(self):
+        while self.fetches:
+            self.wait(self.fetches[-1][2])
+        self.send_all()
+
+
+@pytest.mark.parametrize("streamed", [range(5), [0, 1, 3, 4]])
+def test_what_runs_waits_for_its_copies(streamed):
+    """With copies done as late as may be, as a busy bus would, the weights are still the resident run's."""
+    step, _, expected = make_run("llama", [])
+    late_step, score, late = make_run("llama", streamed, copies=LateCopies())
+    for seed in range(6):
+        assert torch.equal(step(make_batch(seed)), late_step(make_batch(seed)))
+        score(make_batch(seed))
+    assert all(torch.equal(a, b) for a, b in zip(expected(), late(), strict=True))
+
+
+@pytest.mark.parametrize("trained", ["layers", "all"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_streams(architecture, trained):
+    runs = [make_run(architecture, layers, trained=trained) for layers in ([], range(5))]
+    for seed in range(4):
+        losses = [step(make_batch(seed)) for step, *_ in runs]
+        assert torch.equal(*losses)
+    resident, moved = (weights() for *_, weights in runs)
+    assert all(torch.equal(a, b) for a, b in zip(resident, moved, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gemma2", "granite", "phi"])
+def test_a_streamed_heads_log_probs_and_gradient(architecture):
+    """Against fp64, with logits large enough that a soft-capping and a running maximum matter."""
+    model, batch = make_model(architecture), make_batch()
+    model.requires_grad_(False)
+    plain = common.Head(model)
+    hidden = torch.randn(40, 32) * 8
+    targets = torch.randint(400, (40,))
+    upstream = torch.randn(40)
+    x = hidden.double().requires_grad_()
+    logits = x * plain.scale @ plain.weight.double().T + (0 if plain.bias is None else plain.bias.double())
+    if plain.softcap:
+        logits = plain.softcap * torch.tanh(logits / plain.softcap)
+    truth = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    (truth * upstream).sum().backward()
+    own = model(input_ids=batch.ids).logits
+    head = finetune_lowmem.StreamedHead(model, finetune_lowmem.Copies(CPU), CPU, piece=4096)
+    assert len(head.parts) == 14
+    for _ in range(2):  # the buffers hold the right pieces for a second pass
+        y = hidden.clone().requires_grad_()
+        found = head.log_probs(y, targets)
+        (found * upstream).sum().backward()
+        assert (found - truth).abs().max() < 1e-4
+        assert (y.grad - x.grad).norm() < 1e-5 * x.grad.norm()
+    assert (model(input_ids=batch.ids).logits - own).abs().max() < 1e-5
+    assert F.mse_loss(head.logits(hidden).double(), logits) < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("budget", "head", "expected"),
+    [
+        (20, 1, (0, False, 12)),
+        (12, 1, (0, False, 12)),
+        (11.9, 1, (0, True, 11)),
+        (10.9, 1, (3, True, 10)),
+        (6.5, 1, (7, True, 6)),
+        (5, 1, (8, True, 5)),
+        (10.9, None, (3, False, 10)),
+    ],
+)
+def test_a_plan_keeps_most_within_the_budget(budget, head, expected):
+    """Eight layers of 1 GiB, a head of 1 GiB, 3 GiB of other things; streaming takes two slots."""
+    gib = common.GIB
+    plan = finetune_lowmem.plan_within(int(budget * gib), 3 * gib, 8, gib, head and head * gib)
+    assert plan == finetune_lowmem.Plan(*expected[:2], expected[2] * gib)
+
+
+def test_a_budget_too_small_names_the_least_that_works():
+    with pytest.raises(common.UserError, match=r"4\.90 GiB are too few, .* needs 5\.00 with all its layers streamed"):
+        finetune_lowmem.plan_within(int(4.9 * common.GIB), 3 * common.GIB, 8, common.GIB, common.GIB)
+
+
+@pytest.fixture
+def run_streamed(run, tmp_path, tokenizer, monkeypatch):  # noqa: F811
+    """run_streamed(streamed, name, *flags): the script on a model of five layers, on the CPU; the head streams too."""
+    folder = tmp_path / "five"
+    make_model("llama-tied", num_hidden_layers=5).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    def go(streamed, name, *flags):
+        monkeypatch.setattr(finetune_lowmem, "choose_plan", lambda *_: finetune_lowmem.Plan(streamed, True))
+        return run("finetune_lowmem", name, "--batch_size", 4, "--epochs", 2, *flags, model=folder)
+
+    return go
+
+
+def test_a_streamed_run_saves_and_scores_what_a_resident_one_does(run_streamed):
+    resident, one = run_streamed(0, "resident")
+    streamed, other = run_streamed(4, "streamed", "--save_every", 4)
+    assert resident["eval"] == streamed["eval"]
+    assert resident["eval"][-1]["gold_nll"] < 0.8 * resident["eval"][0]["gold_nll"]
+    for part in ("model", "checkpoint/step-30"):
+        assert weights(one / part).keys() == weights(other / part).keys()
+        assert all(torch.equal(t, weights(other / part)[name]) for name, t in weights(one / part).items())
+
+
+@pytest.mark.parametrize(("before", "after"), [(5, 5), (3, 0), (0, 4)])
+def test_a_streamed_run_goes_on_from_its_checkpoint(run_streamed, before, after):
+    """Also with more or less of the model on the GPU than before."""
+    _, whole = run_streamed(5, "whole")
+    run_streamed(before, "parts", "--max_steps", 7)
+    _, parts = run_streamed(after, "parts", "--resume")
+    assert all(torch.equal(t, weights(parts / "model")[name]) for name, t in weights(whole / "model").items())
+    losses = [[m["train_loss"] for m in lines(f / "metrics.jsonl") if "train_loss" in m] for f in (whole, parts)]
+    assert losses[0] == losses[1]
+
+
+def test_layers_unlike_the_others_never_stream():
+    model = make_model("llama", num_hidden_layers=5)
+    layers = common.decoder_layers(model)
+    layers[0].mlp.up_proj = torch.nn.Linear(32, 96, bias=False)
+    assert finetune_lowmem.layers_alike(model) == list(layers)[1:]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_first_layers_make_a_model_too(architecture):
+    model, batch = make_model(architecture, num_hidden_layers=5), make_batch()
+    whole = model(input_ids=batch.ids).logits
+    with finetune_lowmem.first_layers(model, 2) as few:
+        assert len(few) == len(common.decoder_layers(model)) == 2
+        assert not torch.equal(model(input_ids=batch.ids).logits, whole)
+    assert torch.equal(model(input_ids=batch.ids).logits, whole)
+
+
+def test_host_memory_is_checked_before_anything_is_loaded(model_folder, monkeypatch):
+    name = str(model_folder("llama"))
+    size = 2 * sum(p.numel() for p in make_model("llama").parameters())
+    assert common.weight_bytes(name, torch.bfloat16) == size
+    monkeypatch.setattr(finetune_lowmem.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    finetune_lowmem.check_host_memory(name, size - 1000)
+    with pytest.raises(common.UserError, match="of host memory are free, which is too little"):
+        finetune_lowmem.check_host_memory(name, size - 1001)
+
+
+def test_the_largest_batch_is_as_large_as_any():
+    train = [common.Sequence([0] * (4 + n % 30), 1 + n % 3) for n in range(50)]
+    batch = common.largest_batch((train, []), 8, 16, 2048)
+    assert batch.ids.shape == (8, 32)
+    assert len(batch.targets) == 8 * 3
+
+
+def test_streaming_frees_each_layer_before_it_takes_the_next(monkeypatch):
+    """So that loading never holds the model twice."""
+    model = make_model("llama", num_hidden_layers=5).bfloat16()
+    layers = common.decoder_layers(model)
+    old, plain, alive = [[p.data_ptr() for p in layer.parameters()] for layer in layers], common.host_memory, []
+
+    def host_memory(*args):
+        now = [[p.data_ptr() for p in layer.parameters()] for layer in layers]
+        alive.append(sum(a == b for a, b in zip(old, now, strict=True)))
+        return plain(*args)
+
+    monkeypatch.setattr(common, "host_memory", host_memory)
+    finetune_lowmem.StreamedLayers(list(layers), finetune_lowmem.Copies(CPU), CPU)
+    assert alive == [5, 4, 3, 2, 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("trained", ["layers", "all"])
+def test_streamed_layers_train_as_resident_ones_do_on_a_gpu(graphs, trained, monkeypatch):
+    """Bit for bit over 20 steps, the same kernels, where copies really run beside the computation."""
+    if trained == "all":  # cut-cross-entropy adds up in no fixed order
+        plain = lambda head, hidden, targets, weights: -(head.log_probs(hidden, targets) * weights).sum()  # noqa: E731
+        monkeypatch.setattr(finetune_lowmem, "target_loss", plain)
+    device = torch.device("cuda")
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64, "layers": 6, "max_position_embeddings": 256}
+    torch.use_deterministic_algorithms(True)
+    stream = torch.cuda.Stream()
+    try:
+        with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
+            weights = []
+            for streamed in ([], range(6), [0, 2, 3, 5]):
+                step, score, get = make_run("llama", streamed, trained=trained, device=device, **shape)
+                batches = [make_batch(seed, rows=8, length=128).to(device) for seed in range(20)]
+                step(batches[0])
+                if graphs:
+                    pool = torch.cuda.graph_pool_handle()
+                    step, score = (finetune_lowmem.Graphs(f, pool, rows=8) for f in (step, score))
+                losses = [(step(batch), score(batch) if n % 3 == 0 else None) for n, batch in enumerate(batches)]
+                weights.append((losses, get()))
+            for losses, final in weights[1:]:
+                for (loss, scores), (loss0, scores0) in zip(losses, weights[0][0], strict=True):
+                    assert torch.equal(loss, loss0)
+                    assert scores is None or torch.equal(scores, scores0)
+                assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(final, weights[0][1], strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
