@@ -668,8 +668,8 @@ def _names_in_graph(loss):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def say(plan, model, streamed, budget):
-    """Print what was chosen for the GPU's memory."""
+def print_plan(plan, model, streamed, budget):
+    """Print what was chosen for the GPU's memory, before the first step."""
     layers, head = len(common.decoder_layers(model)), model.get_output_embeddings().weight.nbytes * plan.head_streams
     words = [f"{layers - plan.streamed} of {layers} decoder layers on the GPU"]
     if plan.streamed:
@@ -677,7 +677,7 @@ def say(plan, model, streamed, budget):
     if plan.head_streams:
         words += ["the head streamed"]
     if plan.streamed:
-        words += [f"copies take {streamed.seconds_per_step(head):.3f} s a step"]
+        words += [f"at least {streamed.seconds_per_step(head):.3f} s a step for copies"]
     print(", ".join(words) + f"; predicted peak {plan.peak / common.GIB:.2f} GiB of {budget / common.GIB:.2f}")
 
 
@@ -715,7 +715,7 @@ def main(argv=None):
     plan = choose_plan(model, trained, largest, budget, memory, device)
     head, on_host, copies, streamed = place(model, plan, device)
     if on_gpu:
-        say(plan, model, streamed, budget)
+        print_plan(plan, model, streamed, budget)
     batch = common.small_batch(data, limit).to(device)
     losses = {
         "evaluation": head.mean_nll,

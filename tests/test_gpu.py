@@ -1,6 +1,7 @@
 """Whole runs of the low-memory script on a GPU, in processes of their own. python -m pytest tests/test_gpu.py"""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,12 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def run(tmp_path, model_folder, dataset_folder):
-    """run(name, *flags, compiled=False) -> (summary, terminal); 15 steps an epoch on tiny models."""
+    """run(name, *flags, compiled=False) -> (summary, terminal), or the last line of a run that ends with exit code `ends`.
 
-    def go(name, *flags, compiled=False, architecture="llama"):
+    15 steps an epoch on tiny models.
+    """
+
+    def go(name, *flags, compiled=False, architecture="llama", ends=0):
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, finetune_lowmem; "
         code += f"finetune_lowmem.GRAPHS_PAY, finetune_lowmem.COMPILING_PAYS = 0, {0 if compiled else 10**9}; "
         code += "common.run_command(finetune_lowmem.main)"
@@ -31,7 +35,9 @@ def run(tmp_path, model_folder, dataset_folder):
         ]
         argv += ["--batch_size", 4, "--lr", "1e-2", "--log_every", 2, *flags]
         done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == ends, done.stderr[-3000:]
+        if ends:
+            return done.stderr.strip().splitlines()[-1]
         return json.loads((tmp_path / name / "summary.json").read_text()), done.stdout
 
     return go
@@ -78,3 +84,13 @@ def test_a_run_goes_on_from_its_checkpoint(run):
     assert "resuming after step 20" in said
     assert parts["steps"] == 30
     assert parts["eval"][-1]["gold_nll"] == pytest.approx(whole["eval"][-1]["gold_nll"], rel=0.05)
+
+
+def test_a_budget_that_is_too_small_names_one_that_works(run):
+    """The tiny model takes less than CUDA's context; what the budget then leaves is enough, and is kept."""
+    said = run("small", "--memory_budget", 0.2, ends=2)
+    least = float(re.search(r"0\.20 GiB are too few, .* needs ([\d.]+) with all", said)[1])
+    assert 0.3 < least < 2
+    summary, said = run("least", "--memory_budget", least, "--epochs", 1)
+    assert f"of {least:.2f}" in said
+    assert max(phase["device"] for phase in summary["memory_gib"].values()) <= least

@@ -348,7 +348,7 @@ def main():
         r = json.loads(done.stdout.splitlines()[-1]) | {"whole_run_seconds": time.perf_counter() - began}
         if said := re.search(r"(\d+) of \d+ decoder layers on the GPU.*predicted peak ([\d.]+)", done.stdout):
             r |= {"layers_on_gpu": int(said[1]), "predicted_gib": float(said[2])}
-        if said := re.search(r"copies take ([\d.]+) s a step", done.stdout):
+        if said := re.search(r"at least ([\d.]+) s a step for copies", done.stdout):
             r |= {"copy_seconds": float(said[1]), "copy_share": float(said[1]) * 1000 / r["ms_per_step"]}
         found["cases"] = [c for c in found["cases"] if c["case"] != case] + [r]
         out.write_text(json.dumps(found, indent=1))
