@@ -1368,8 +1368,11 @@ def load_checkpoint(folder, trained, optimizer):
             trained[name].copy_(value)
     for name, value in _load_shards(folder, "optimizer"):
         name, _, key = name.rpartition("/")
-        p = trained[name]
-        optimizer.state[p][key] = value if key == "step" else value.to(p.device)  # torch keeps Adam's step on the host
+        p, state = trained[name], optimizer.state[trained[name]]
+        if key in state:  # where it is, which for a streamed p is not where p is now
+            state[key].copy_(value)
+        else:
+            state[key] = value if key == "step" else value.to(p.device)  # torch keeps Adam's step on the host
     states = dict(_load_shards(folder, "random"))
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():

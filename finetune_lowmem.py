@@ -734,6 +734,7 @@ def main(argv=None):
     )
     update_in_backward(optimizer, trained, after=streamed.send_home)
     check_techniques(model, head, trained, optimizer, batch, on_host)
+    copies.settle()  # a captured graph cannot wait for them
     gradients = ("largest gradient", max(common.size_in_bytes([p]) for p in trained.values()))
 
     def step(batch):
