@@ -5,6 +5,7 @@ evaluation; the Adafactor update and stochastic rounding; memory; checkpoints; t
 """
 
 import argparse
+import ctypes
 import hashlib
 import importlib.util
 import inspect
@@ -302,13 +303,12 @@ def load_model(name, dtype):
     return model
 
 
-def weight_bytes(name, dtype):
-    """Bytes of the weights of the causal LM `name` in `dtype`, from its config alone. Raises UserError."""
+def empty_model(name, dtype):
+    """The causal LM `name` without weights, on the meta device, from its config alone. Raises UserError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _explain_loading("model", name), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=dtype)
-    return size_in_bytes(model.parameters())
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=dtype)
 
 
 class Fp32Products(TorchFunctionMode):
@@ -778,14 +778,11 @@ def small_batch(data, limit):
     return collate([Sequence(ids, min(s.targets, len(ids) - 1)) for s, ids in zip(full, cut, strict=True)], limit)
 
 
-def largest_batch(data, batch_size, multiple, limit):
-    """A batch as long as the longest of `batch_size` training sequences, with as many targets as any can have."""
-    train = data[0] or [s for row in data[1] for s in row.sequences]
-    length = max(padded_lengths(train, multiple, limit))
-    targets = sum(sorted(s.targets for s in train)[-batch_size:])
-    ids = torch.zeros(batch_size, length, dtype=torch.int64)
+def largest_batch(sequences, rows, multiple, limit):
+    """A batch as long as the longest of the sequences, with as many targets as any `rows` of them have."""
+    ids = torch.zeros(rows, max(padded_lengths(sequences, multiple, limit)), dtype=torch.int64)
     labels = torch.full_like(ids, IGNORE)
-    labels.view(-1)[-min(targets, labels.numel()) :] = 0
+    labels.view(-1)[: sum(sorted(s.targets for s in sequences)[-rows:])] = 0
     return Batch.of(ids, labels, tokens=ids.numel())
 
 
@@ -1257,33 +1254,33 @@ class Memory:
         return peak["device"]
 
 
-def host_memory(shape, dtype, device):
-    """An empty tensor in host memory, page-locked if `device` is a GPU, which then copies from and to it by itself.
+def host_memory(size, device):
+    """A buffer of `size` bytes in host memory, page-locked if `device` is a GPU, which then copies by itself.
 
-    Registered where it is, because PyTorch's own pinned memory comes in powers of two. Raises UserError.
+    For torch.frombuffer: each tensor made of it has a storage of its own. Registered where it is, because PyTorch's own
+    pinned memory comes in powers of two. Raises UserError.
     """
-    if device.type != "cuda":
-        return torch.empty(shape, dtype=dtype)
-    size = math.prod(shape) * dtype.itemsize
+    advice = f"no host memory for {size / GIB:.2f} GiB more of the model's weights: close other programs, or allow the "
+    advice += "run more of the GPU (--memory_budget)"
     if size > psutil.virtual_memory().available:
-        raise UserError(
-            f"there is no host memory for {size / GIB:.2f} GiB more of the model's weights: close other programs, or "
-            "allow a larger --memory_budget"
-        )
-    memory = mmap.mmap(-1, size)
-    tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
-    cudart, address = torch.cuda.cudart(), tensor.data_ptr()
-    if int(cudart.cudaHostRegister(address, size, 0)):
-        raise UserError(f"{size / GIB:.2f} GiB of host memory cannot be page-locked: allow a larger --memory_budget")
-    weakref.finalize(memory, cudart.cudaHostUnregister, address).atexit = False
-    return tensor
+        raise UserError(advice)
+    try:
+        buffer = (ctypes.c_char * size).from_buffer(mmap.mmap(-1, size))  # whole pages, shared with nothing else
+    except OSError as error:
+        raise UserError(advice) from error
+    if device.type == "cuda":
+        cudart, address = torch.cuda.cudart(), ctypes.addressof(buffer)
+        if int(cudart.cudaHostRegister(address, size, 0)):
+            raise UserError(f"{advice}; the GPU's driver refuses to lock it")
+        weakref.finalize(buffer, cudart.cudaHostUnregister, address).atexit = False
+    return buffer
 
 
 def page_locked(tensor, device):
     """The tensor as a copy in `host_memory`, or as it is if it is there already or `device` is no GPU."""
     if device.type != "cuda" or tensor.is_pinned():
         return tensor
-    return host_memory(tensor.shape, tensor.dtype, device).copy_(tensor)
+    return torch.frombuffer(host_memory(tensor.nbytes, device), dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 @_kernel

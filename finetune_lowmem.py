@@ -20,6 +20,7 @@ What a GPU also gets, so that CUDA takes little of it and the host never keeps i
 import ctypes
 import math
 import os
+from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -140,34 +141,36 @@ class Copies:
     """Copies between host and device memory that run beside the computation, on a stream for each direction."""
 
     def __init__(self, device):
-        self.cuda = torch.cuda if device.type == "cuda" else torch.cpu  # whose streams do nothing, copies wait
-        self.fetching, self.sending = self.cuda.Stream(), self.cuda.Stream()
+        self.backend = (
+            torch.cuda if device.type == "cuda" else torch.cpu
+        )  # whose streams do nothing: copies are done at once
+        self.fetching, self.sending = self.backend.Stream(), self.backend.Stream()
         self.arrived, self.busy = {}, set()
 
     def fetch(self, target, source, key, after=None):
         """Copy to the device once `after` (None: what has been launched) is done; `wait(key)` waits for its arrival."""
-        self.fetching.wait_stream(after or self.cuda.current_stream())
-        with self.cuda.stream(self.fetching):
+        self.fetching.wait_stream(after or self.backend.current_stream())
+        with self.backend.stream(self.fetching):
             target.copy_(source, non_blocking=True)
             self.arrived[key] = self.fetching.record_event()
         self.busy.add(self.fetching)
 
     def send(self, target, source):
         """Copy to host memory once what has been launched is done."""
-        self.sending.wait_stream(self.cuda.current_stream())
-        with self.cuda.stream(self.sending):
+        self.sending.wait_stream(self.backend.current_stream())
+        with self.backend.stream(self.sending):
             target.copy_(source, non_blocking=True)
         self.busy.add(self.sending)
 
     def wait(self, key):
         """Let what is launched from now on wait for the last fetch of `key`."""
         if key in self.arrived:
-            self.cuda.current_stream().wait_event(self.arrived[key])
+            self.backend.current_stream().wait_event(self.arrived[key])
 
     def settle(self):
         """Let what is launched from now on wait for all copies, as the end of a captured graph must."""
         for stream in self.busy:
-            self.cuda.current_stream().wait_stream(stream)
+            self.backend.current_stream().wait_stream(stream)
         self.arrived, self.busy = {}, set()
 
 
@@ -180,67 +183,93 @@ class StreamedLayers:
     slot of a layer that has run is filled with the layer that is `slots` further on; in backward each parameter goes
     home as soon as it is updated, and its place is filled. The host waits for none of it.
 
+    Where a slot does not hold what a layer needs, because another was skipped or a parameter had no gradient, it is
+    fetched then, late but right.
+
     layers: more than `slots` modules, in the order of running, whose parameters have the same shapes and dtypes.
     """
 
     def __init__(self, layers, copies, device, slots=SLOTS):
-        self.copies, params = copies, [list(layer.parameters()) for layer in layers]
-        parts, size = [], 0  # bytes of a slot: a part for each parameter, where wide loads like it
+        self.copies, self.recomputing, params = copies, False, [list(layer.parameters()) for layer in layers]
+        self.parts, size = [], 0  # bytes of a slot: a part for each parameter, where wide loads like it
         for p in params[0] if params else []:
-            parts.append(slice(size, size + p.nbytes))
+            self.parts.append(slice(size, size + p.nbytes))
             size += -(-p.nbytes // 256) * 256
         self.slots = torch.empty(slots, size, dtype=torch.uint8, device=device)
-        self.place_of, self.home = {}, []
+        self.place_of, self.home, self.at_home_as = {}, [], {}
         for i, layer in enumerate(params):
-            self.home.append(common.host_memory((size,), torch.uint8, device))
-            for p, part in zip(layer, parts, strict=True):
-                self.place_of[p] = i, part
-                _like(p, self.home[i][part]).copy_(p.data)
-                p.data = _like(
-                    p, self.slots[i % slots, part]
-                )  # its old memory is free before the next layer's is taken
+            buffer = common.host_memory(size, device)
+            self.home.append(torch.frombuffer(buffer, dtype=torch.uint8))
+            for k, (p, part) in enumerate(zip(layer, self.parts, strict=True)):
+                # storages of their own: save_pretrained copies tensors that share one
+                home = torch.frombuffer(buffer, dtype=p.dtype, count=p.numel(), offset=part.start).view(p.shape)
+                self.place_of[p], self.at_home_as[p] = (i, k), home.copy_(p.data)
+                p.data = self._in_slot(p)  # its old memory is free before the next layer's is taken
         self._fill()
-        self.runs_again = [False] * len(layers)
         for i, layer in enumerate(layers):
             layer.register_forward_pre_hook(lambda *_, i=i: self._before(i))
             layer.register_forward_hook(lambda *_, i=i: self._after(i))
 
+    def _slot(self, i):
+        return self.slots[i % len(self.slots)]
+
+    def _in_slot(self, p):
+        i, k = self.place_of[p]
+        return self._slot(i)[self.parts[k]].view(p.dtype).view(p.shape)
+
     def _fill(self):
         for slot, home in zip(self.slots, self.home, strict=False):
             slot.copy_(home)
+        self.holds = [[i] * len(self.parts) for i in range(len(self.slots))]  # of each slot's parts, whose layer's
 
     @contextmanager
     def at_home(self):
         """In this context the parameters are those in host memory, to be saved or loaded."""
         self.copies.settle()
-        self.copies.cuda.synchronize()
-        for p, (i, part) in self.place_of.items():
-            p.data = _like(p, self.home[i][part])
+        self.copies.backend.synchronize()
+        for p, home in self.at_home_as.items():
+            p.data = home
         try:
             yield
         finally:
-            for p, (i, part) in self.place_of.items():
-                p.data = _like(p, self.slots[i % len(self.slots), part])
+            for p in self.at_home_as:
+                p.data = self._in_slot(p)
             self._fill()
 
+    @contextmanager
+    def again(self, inner):
+        """The context in which gradient checkpointing runs layers again, within `inner`."""
+        self.recomputing = True
+        try:
+            with inner:
+                yield
+        finally:
+            self.recomputing = False
+
     def _before(self, i):
+        holds = self.holds[i % len(self.slots)]
+        for k in [k for k, layer in enumerate(holds) if layer != i]:
+            self.copies.settle()  # what was in this place may still be on its way home
+            self._fetch(i, k)
         self.copies.wait(i)
-        # with gradient checkpointing a layer runs once in forward and once more in backward
-        self.runs_again[i] = torch.is_grad_enabled() and not self.runs_again[i]
 
     def _after(self, i):
-        further, training = i + len(self.slots), torch.is_grad_enabled()
-        if training and not self.runs_again[i]:
-            return  # in backward `send_home` fetches
+        further = i + len(self.slots)
+        if self.recomputing:
+            return  # `send_home` fetches
         if further < len(self.home):
             self._fetch(further)
-        elif not training and i >= len(self.slots):  # evaluation turns round here: back to what forward needs first
+        elif not torch.is_grad_enabled() and i >= len(self.slots):  # evaluation ends: back to what forward needs first
             self._fetch(i % len(self.slots))
 
-    def _fetch(self, i, part=slice(None), after=None):
-        self.copies.fetch(self.slots[i % len(self.slots), part], self.home[i][part], key=i, after=after)
+    def _fetch(self, i, k=None, after=None):
+        """Fetch layer i, or its part k alone."""
+        bytes_, parts = (slice(None), range(len(self.parts))) if k is None else (self.parts[k], [k])
+        self.copies.fetch(self._slot(i)[bytes_], self.home[i][bytes_], key=i, after=after)
+        for part in parts:
+            self.holds[i % len(self.slots)][part] = i
 
-    def seconds_per_step(self, head_bytes):
+    def seconds_of_copies(self, head_bytes):
         """What the copies of a step on a GPU take at least, by a trial: the layers' and as many bytes of a head."""
         come = (self.copies.fetching, self.slots[0], self.home[0])
         (alone,), (both, go) = _seconds(come), _seconds(come, (self.copies.sending, self.home[1], self.slots[1]))
@@ -250,10 +279,10 @@ class StreamedLayers:
     def send_home(self, p):
         """Send the updated parameter home, and fetch what comes into its place; nothing if it is not streamed."""
         if p in self.place_of:
-            i, part = self.place_of[p]
-            self.copies.send(self.home[i][part], self.slots[i % len(self.slots), part])
+            i, k = self.place_of[p]
+            self.copies.send(self.home[i][self.parts[k]], self._slot(i)[self.parts[k]])
             if i >= len(self.slots):
-                self._fetch(i - len(self.slots), part, after=self.copies.sending)
+                self._fetch(i - len(self.slots), k, after=self.copies.sending)
 
 
 def _seconds(*copies):
@@ -268,11 +297,6 @@ def _seconds(*copies):
                 end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) / 1000 for start, end in events]
-
-
-def _like(p, buffer):
-    """The bytes of `buffer` as a tensor of p's dtype and shape."""
-    return buffer.view(p.dtype).view(p.shape)
 
 
 class StreamedHead(common.Head):
@@ -365,28 +389,47 @@ class Plan:
     peak: int | None = None
 
 
-def place(model, plan, device):
-    """Put the weights where the plan says, streamed layers spread evenly over the depth; may be called again.
+@dataclass
+class Placed:
+    """What `place` made: the head, whether the embeddings stay on the host, the copies and the layers that stream."""
 
-    Returns (head, whether the embeddings stay on the host, copies, streamed layers).
+    head: common.Head
+    embeddings_on_host: bool
+    copies: Copies
+    layers: StreamedLayers
+
+
+def place(model, plan, device):
+    """Put the weights where the plan says, streamed layers spread evenly over the depth.
+
+    May be called again as long as no layer has streamed.
     """
     copies, layers, alike = Copies(device), common.decoder_layers(model), layers_alike(model)
     head = common.Head(model)
     vars(head.layer).pop("forward", None)  # of an earlier placement
     if plan.head_streams:
         head = StreamedHead(model, copies, device)
-    on_host = keep_on_host(model, device, head=plan.head_streams)
+    embeddings_on_host = keep_on_host(model, device, head=plan.head_streams)
     streamed = [alike[len(alike) * k // plan.streamed] for k in range(plan.streamed)]
     for layer in layers:
         for tensor in (*layer.buffers(), *([] if layer in streamed else layer.parameters())):
             tensor.data = tensor.data.to(device)
-    return head, on_host, copies, StreamedLayers(streamed, copies, device)
+    return Placed(head, embeddings_on_host, copies, StreamedLayers(streamed, copies, device))
 
 
 def layers_alike(model):
-    """The decoder layers with parameters like the last one's; others (a first layer without experts) never stream."""
-    shapes = [[(p.shape, p.dtype) for p in layer.parameters()] for layer in common.decoder_layers(model)]
-    return [layer for layer, own in zip(common.decoder_layers(model), shapes, strict=True) if own == shapes[-1]]
+    """The decoder layers that can stream: with parameters like the last one's, and none that another layer has too.
+
+    Others, as a first layer without experts, stay.
+    """
+    layers = common.decoder_layers(model)
+    uses = Counter(p for layer in layers for p in layer.parameters())
+    shapes = [[(p.shape, p.dtype) for p in layer.parameters()] for layer in layers]
+    return [
+        layer
+        for layer, own in zip(layers, shapes, strict=True)
+        if own == shapes[-1] and all(uses[p] == 1 for p in layer.parameters())
+    ]
 
 
 def plan_within(budget, rest, layers, layer, head):
@@ -401,8 +444,8 @@ def plan_within(budget, rest, layers, layer, head):
         return Plan(0, False, everything)
     if least > budget:
         raise common.UserError(
-            f"--memory_budget: {budget / common.GIB:.2f} GiB are too few, this model at this --batch_size needs "
-            f"{math.ceil(100 * least / common.GIB) / 100:.2f} with all its layers streamed"
+            f"{budget / common.GIB:.2f} GiB of GPU memory are too few: at this --batch_size the model needs "
+            f"{math.ceil(100 * least / common.GIB) / 100:.2f} with all its layers streamed (--memory_budget)"
         )
     resident = (budget - least) // layer
     if resident + SLOTS >= layers:
@@ -410,11 +453,11 @@ def plan_within(budget, rest, layers, layer, head):
     return Plan(layers - resident, head is not None, least + resident * layer)
 
 
-def choose_plan(model, trained, batch, budget, memory, device):
+def choose_plan(model, trained, batches, budget, memory, device):
     """The plan that fills the GPU up to `budget` bytes, CUDA's context and other programs' use included.
 
-    What a step needs beside weights is measured: a step of `batch`, the largest that comes, with the first layers only,
-    the others in host memory. Then PyTorch is kept from taking more than the budget leaves it.
+    What work needs beside weights is measured: a training step and an evaluation of `batches`, the largest that come,
+    with the first layers only, the others in host memory. Then PyTorch is kept from taking more than is left to it.
     """
     if device.type != "cuda":
         return Plan(0, False)
@@ -423,28 +466,36 @@ def choose_plan(model, trained, batch, budget, memory, device):
     can_stream = not output.weight.requires_grad and (
         embeddings.weight is not output.weight or can_stay_on_host(embeddings)
     )
+    train, evaluation = batches
     with first_layers(model, SLOTS) as few:
-        head, _, copies, _ = place(model, Plan(0, can_stream), device)
+        placed = place(model, Plan(0, can_stream), device)
         optimizer = common.Adafactor([p for p in trained.values() if p.is_cuda], lr=0.0)  # moves nothing
         handles = update_in_backward(optimizer, {p: p for p in optimizer.group_of})
         memory.start("load")  # samples, then resets the allocator's peak
         with common.refuse_what_fails(model):
-            training_loss(model, head, batch.to(device)).backward()
-        copies.settle()
+            training_loss(model, placed.head, train.to(device)).backward()
+            with torch.no_grad():
+                common.target_log_probs(model, placed.head, evaluation.to(device), precision)
+        placed.copies.settle()
         for handle in handles:
             handle.remove()
-        rest = torch.cuda.max_memory_reserved() - common.size_in_bytes(few.parameters())
+        rest = torch.cuda.max_memory_reserved() - common.size_in_bytes([*few.parameters(), *few.buffers()])
+        for p in few.parameters():
+            p.data = p.data.cpu()  # as the others, or they would be there twice when they come to their places
     memory.sample()
     del optimizer
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     outside = total - free - torch.cuda.memory_reserved() + GRAPHS
+    layer = common.size_in_bytes(alike[0].parameters()) if alike else 0
     rest += outside
-    rest += (len(layers) - len(few)) * batch.ids.numel() * embeddings.weight.shape[1] * output.weight.itemsize  # inputs
+    # what is not one of the layers that can stream: others, buffers, optimizer state, and each further layer's input
+    rest += common.size_in_bytes([*layers.parameters(), *layers.buffers()]) - len(alike) * layer
     rest += sum(4 * sum(common._as_matrix(p).shape) for p in trained.values())
-    rest += common.size_in_bytes(layers.parameters()) - len(alike) * common.size_in_bytes(alike[0].parameters())
-    more = output.weight.nbytes - head.buffers.nbytes if can_stream else None
-    plan = plan_within(budget, rest, len(alike), common.size_in_bytes(alike[0].parameters()), more)
+    width = model.config.get_text_config().hidden_size
+    rest += (len(layers) - len(few)) * train.ids.numel() * width * output.weight.itemsize
+    more = output.weight.nbytes - placed.head.buffers.nbytes if can_stream else None
+    plan = plan_within(budget, rest, len(alike), layer, more)
     torch.cuda.set_per_process_memory_fraction(min(1.0, (budget - outside) / total))
     return plan
 
@@ -467,13 +518,17 @@ def first_layers(model, count):
 
 
 def check_host_memory(name, budget):
-    """Refuse, before anything is loaded, a model whose bf16 weights exceed `budget` bytes of GPU plus host memory."""
-    size, free = common.weight_bytes(name, torch.bfloat16), psutil.virtual_memory().available
-    if size - budget > free:
+    """Refuse, before anything is loaded, a model whose bf16 weights cannot be in the GPU's `budget` bytes and the host.
+
+    Of the budget half a GiB, CUDA's context, and the slots hold none of the weights.
+    """
+    model, free = common.empty_model(name, torch.bfloat16), psutil.virtual_memory().available
+    size = common.size_in_bytes(model.parameters())
+    slots = SLOTS * common.size_in_bytes(common.decoder_layers(model)[-1].parameters())
+    if size > budget and size - max(0, budget - 2**29 - slots) > free:
         raise common.UserError(
-            f"{name} takes {size / common.GIB:.1f} GiB in bf16: {budget / common.GIB:.1f} may be on the GPU and "
-            f"{free / common.GIB:.1f} of host memory are free, which is too little; close other programs, or take a "
-            "smaller model"
+            f"{name} takes {size / common.GIB:.1f} GiB in bf16: {budget / common.GIB:.1f} GiB of the GPU and "
+            f"{free / common.GIB:.1f} of free host memory are too little; close other programs, or take a smaller model"
         )
 
 
@@ -668,20 +723,20 @@ def _names_in_graph(loss):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def print_plan(plan, model, streamed, budget):
+def print_plan(plan, model, layers, budget):
     """Print what was chosen for the GPU's memory, before the first step."""
-    layers, head = len(common.decoder_layers(model)), model.get_output_embeddings().weight.nbytes * plan.head_streams
-    words = [f"{layers - plan.streamed} of {layers} decoder layers on the GPU"]
+    depth, head = len(common.decoder_layers(model)), model.get_output_embeddings().weight.nbytes * plan.head_streams
+    words = [f"{depth - plan.streamed} of {depth} decoder layers on the GPU"]
     if plan.streamed:
         words += [f"{plan.streamed} streamed through {SLOTS} slots"]
     if plan.head_streams:
         words += ["the head streamed"]
     if plan.streamed:
-        words += [f"at least {streamed.seconds_per_step(head):.3f} s a step for copies"]
+        words += [f"at least {layers.seconds_of_copies(head):.3f} s a step for copies"]
     print(", ".join(words) + f"; predicted peak {plan.peak / common.GIB:.2f} GiB of {budget / common.GIB:.2f}")
 
 
-def main(argv=None):
+def parse(argv):
     parser = common.argument_parser(__doc__.splitlines()[0], batch_size=8, lr=1e-4, demo_lr=3e-4, log_every=400)
     parser.add("--nostround", action="store_true", help="round to nearest instead of stochastically: the ablation")
     parser.add("--no_compile", action="store_true", help="run the model as it is: no torch.compile, no CUDA graphs")
@@ -690,9 +745,52 @@ def main(argv=None):
         type=common.above_zero,
         metavar="GIB",
         help="memory of the GPU that may be in use in all, context and evaluation included; what does not fit streams "
-        "from host memory; None: 98 %% of the card",
+        "from host memory; None: 98 %% of the card, and never more",
     )
-    args = common.parse_arguments(parser, argv)
+    return common.parse_arguments(parser, argv)
+
+
+def load(args, data, limit, memory, device):
+    """(bf16 model with its weights in their places, {name: trained parameter}, Placed, tokens to evaluate at once)."""
+    budget = 0.98 * memory.total
+    if args.memory_budget:
+        budget = min(budget, args.memory_budget * common.GIB)
+    if device.type == "cuda":
+        check_host_memory(args.model, budget)
+    model = common.load_model(args.model, torch.bfloat16)
+    trained = common.choose_trained(model, args.trained)
+    leave_out_masks(model, longest=common.longest_sequence(data))
+    common.checkpoint_activations(model)
+    evaluated = [s for row in data[1] for s in row.sequences]
+    largest = common.largest_batch(data[0] or evaluated, args.batch_size, PAD_TO, limit)
+    # Streamed, an evaluation batch costs a copy of the model: more tokens then, where training keeps much more of each
+    longest = max(common.padded_lengths(evaluated, PAD_TO, limit))
+    tokens = max(1024, 2 * largest.ids.numel(), longest)
+    batches = largest, common.largest_batch(evaluated, tokens // longest, PAD_TO, limit)
+    plan = choose_plan(model, trained, batches, int(budget), memory, device)
+    placed = place(model, plan, device)
+    if device.type == "cuda":
+        print_plan(plan, model, placed.layers, budget)
+    return model, trained, placed, tokens if plan.streamed else 1024
+
+
+def as_graphs(step, log_probs_of, model, optimizer, args, data, limit, eval_tokens, device):
+    """(step, log_probs_of) as CUDA graphs, the layers compiled, as far as that pays; None if it does not pay at all."""
+    steps, evaluations = common.planned_work(args, data, eval_tokens)
+    if steps + evaluations / 3 < GRAPHS_PAY:
+        print(f"{steps} steps and {evaluations} evaluation batches are too few for CUDA graphs to pay: as --no_compile")
+        return None
+    if steps >= COMPILING_PAYS:
+        compile_layers(model)
+        log_probs_of = torch.compiler.set_stance("force_eager")(log_probs_of)  # not worth a second compilation
+    print(f"{steps} steps as CUDA graphs, decoder layers {'compiled' if steps >= COMPILING_PAYS else 'not compiled'}")
+    warm_up(step, optimizer, args.batch_size, common.padded_lengths(data[0], PAD_TO, limit), device)
+    pool = torch.cuda.graph_pool_handle()
+    return Graphs(step, pool, rows=args.batch_size), Graphs(log_probs_of, pool)
+
+
+def main(argv=None):
+    args = parse(argv)
     device = common.set_up(args)
     on_gpu = device.type == "cuda"
     if args.memory_budget and not on_gpu:
@@ -704,19 +802,8 @@ def main(argv=None):
     # Data and model, the weights in bf16
     tokenizer, limit = common.load_tokenizer(args.model)
     data = common.load_data(args, tokenizer, limit)
-    budget = int(args.memory_budget * common.GIB if args.memory_budget else 0.98 * memory.total)
-    if on_gpu:
-        check_host_memory(args.model, budget)
-    model = common.load_model(args.model, torch.bfloat16)
-    trained = common.choose_trained(model, args.trained)
-    leave_out_masks(model, longest=common.longest_sequence(data))
-    common.checkpoint_activations(model)
-    largest = common.largest_batch(data, args.batch_size, PAD_TO, limit)
-    plan = choose_plan(model, trained, largest, budget, memory, device)
-    head, on_host, copies, streamed = place(model, plan, device)
-    if on_gpu:
-        print_plan(plan, model, streamed, budget)
-    batch = common.small_batch(data, limit).to(device)
+    model, trained, placed, eval_tokens = load(args, data, limit, memory, device)
+    head, batch = placed.head, common.small_batch(data, limit).to(device)
     losses = {
         "evaluation": head.mean_nll,
         "linear cross entropy": lambda hidden, targets: target_loss(head, hidden, targets, batch.weights),
@@ -726,47 +813,37 @@ def main(argv=None):
 
     # Gradient checkpointing; layers run again in backward in the same precision
     random = common.draws_random_numbers(model, batch, precision)  # then layers must draw the same again in backward
-    common.checkpoint_activations(model, context_fn=lambda: (nullcontext(), precision()), preserve_rng_state=random)
+    again = lambda: (nullcontext(), placed.layers.again(precision()))  # noqa: E731
+    common.checkpoint_activations(model, context_fn=again, preserve_rng_state=random)
 
     # Adafactor with stochastic rounding, run inside backward
     optimizer = common.Adafactor(
         trained.values(), lr=args.lr, rounding="nearest" if args.nostround else "stochastic", seed=args.seed
     )
-    update_in_backward(optimizer, trained, after=streamed.send_home)
-    check_techniques(model, head, trained, optimizer, batch, on_host)
-    copies.settle()  # a captured graph cannot wait for them
+    update_in_backward(optimizer, trained, after=placed.layers.send_home)
+    check_techniques(model, head, trained, optimizer, batch, placed.embeddings_on_host)
+    placed.copies.settle()  # a captured graph cannot wait for them
     gradients = ("largest gradient", max(common.size_in_bytes([p]) for p in trained.values()))
 
     def step(batch):
         loss = training_loss(model, head, batch)
         loss.backward()  # updates the weights too
-        copies.settle()
+        placed.copies.settle()
         return loss.detach()
 
     def log_probs_of(batch):
         log_probs = common.target_log_probs(model, head, batch, precision)
-        copies.settle()
+        placed.copies.settle()
         return log_probs
 
     # On a GPU, compiled and as CUDA graphs
-    # Streamed, an evaluation batch costs a copy of the model: as many tokens as fit where training keeps twice as much
-    eval_tokens = 2 * largest.ids.numel() if plan.streamed else 1024
-    steps, evaluations = common.planned_work(args, data, eval_tokens)
-    graphs = on_gpu and not args.no_compile and not random and steps + evaluations / 3 >= GRAPHS_PAY
+    graphs = None
     if on_gpu and random:
         print("the model draws random numbers (dropout): no CUDA graphs")
-    elif on_gpu and not graphs and not args.no_compile:
-        print(f"{steps} steps and {evaluations} evaluation batches are too few for CUDA graphs to pay: as --no_compile")
+    elif on_gpu and not args.no_compile:
+        graphs = as_graphs(step, log_probs_of, model, optimizer, args, data, limit, eval_tokens, device)
     if graphs:
-        if steps >= COMPILING_PAYS:
-            compile_layers(model)
-            log_probs_of = torch.compiler.set_stance("force_eager")(log_probs_of)  # not worth a second compilation
-        print(
-            f"{steps} steps as CUDA graphs, decoder layers {'compiled' if steps >= COMPILING_PAYS else 'not compiled'}"
-        )
-        warm_up(step, optimizer, args.batch_size, common.padded_lengths(data[0], PAD_TO, limit), device)
-        pool = torch.cuda.graph_pool_handle()
-        step, log_probs_of = Graphs(step, pool, rows=args.batch_size), Graphs(log_probs_of, pool)
+        step, log_probs_of = graphs
 
     # Train
     run = common.Run(
@@ -783,7 +860,7 @@ def main(argv=None):
         memory=memory,
         pad_to=PAD_TO if graphs else 8,
         eval_tokens=eval_tokens,
-        at_home=streamed.at_home,
+        at_home=placed.layers.at_home,
     )
     run.evaluate(epoch=0)
     for epoch in run.epochs():

@@ -33,8 +33,8 @@ def own_loss(model, batch):
     return F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=common.IGNORE)
 
 
-def checkpointed(model):
-    rerun = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), finetune_lowmem.precision())}
+def checkpointed(model, again=lambda inner: inner):
+    rerun = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again(finetune_lowmem.precision()))}
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=rerun)
     return model.train()
 
@@ -80,7 +80,7 @@ def test_start_up_checks_pass_and_training_learns(architecture, trained):
     chosen = common.choose_trained(model, trained)
     frozen = {name: p.clone() for name, p in model.named_parameters() if name not in chosen}
     assert bool(frozen) == (trained == "layers")
-    head, *_ = finetune_lowmem.place(model, finetune_lowmem.Plan(0, False), CPU)
+    head = finetune_lowmem.place(model, finetune_lowmem.Plan(0, False), CPU).head
     losses = {
         "evaluation": head.mean_nll,
         "loss": lambda hidden, targets: finetune_lowmem.target_loss(head, hidden, targets, batch.weights),
@@ -377,7 +377,7 @@ def test_gpu_gradients_against_fp32_truth(architecture, trained):
     truth, naive, ours = copy.deepcopy(model).float(), copy.deepcopy(model).cuda(), copy.deepcopy(model)
     own_loss(truth, batch).backward()
     own_loss(naive, batch.to("cuda")).backward()
-    head, *_ = finetune_lowmem.place(ours, finetune_lowmem.Plan(0, False), torch.device("cuda"))
+    head = finetune_lowmem.place(ours, finetune_lowmem.Plan(0, False), torch.device("cuda")).head
     finetune_lowmem.training_loss(ours, head, batch.to("cuda")).backward()
     for (name, p), q, t in zip(ours.named_parameters(), naive.parameters(), truth.parameters(), strict=True):
         if t.grad is not None:
@@ -413,7 +413,7 @@ def gpu_steps(architecture, graphs, compiled=False):
     """(losses, weights) after ten steps on batches of two lengths and ten numbers of targets."""
     model = make_model(architecture, hidden_size=64, intermediate_size=128).bfloat16()
     chosen = common.choose_trained(model, "layers")
-    head, *_ = finetune_lowmem.place(model, finetune_lowmem.Plan(0, False), torch.device("cuda"))
+    head = finetune_lowmem.place(model, finetune_lowmem.Plan(0, False), torch.device("cuda")).head
     finetune_lowmem.leave_out_masks(model, longest=64)
     common.checkpoint_activations(model, preserve_rng_state=False)
     optimizer = common.Adafactor(chosen.values(), lr=1e-2)

@@ -89,7 +89,7 @@ def test_a_run_goes_on_from_its_checkpoint(run):
 def test_a_budget_that_is_too_small_names_one_that_works(run):
     """The tiny model takes less than CUDA's context; what the budget then leaves is enough, and is kept."""
     said = run("small", "--memory_budget", 0.2, ends=2)
-    least = float(re.search(r"0\.20 GiB are too few, .* needs ([\d.]+) with all", said)[1])
+    least = float(re.search(r"0\.20 GiB of GPU memory are too few: .* needs ([\d.]+) with all", said)[1])
     assert 0.3 < least < 2
     summary, said = run("least", "--memory_budget", least, "--epochs", 1)
     assert f"of {least:.2f}" in said

@@ -14,7 +14,7 @@ import finetune_lowmem
 
 
 def make_run(architecture, streamed, slots=2, trained="layers", layers=5, device=CPU, copies=None, **shape):
-    """(step, score, weights): a bf16 model of five layers; `streamed` of them stream, the head too if it can."""
+    """A bf16 model of five layers with step, score and weights; `streamed` of them stream, the head too if it can."""
     model = make_model(architecture, num_hidden_layers=layers, **shape).bfloat16()
     chosen = common.choose_trained(model, trained)
     copies, layers = copies or finetune_lowmem.Copies(device), common.decoder_layers(model)
@@ -25,12 +25,10 @@ def make_run(architecture, streamed, slots=2, trained="layers", layers=5, device
     for i, layer in enumerate(layers):
         if i not in streamed:
             layer.to(device)
-    checkpointed(model)
-    stack = None
-    if streamed:
-        stack = finetune_lowmem.StreamedLayers([layers[i] for i in streamed], copies, device, slots)
+    stack = finetune_lowmem.StreamedLayers([layers[i] for i in streamed], copies, device, slots)
+    checkpointed(model, stack.again)
     optimizer = common.Adafactor(chosen.values(), lr=1e-2, seed=3)
-    finetune_lowmem.update_in_backward(optimizer, chosen, *([stack.send_home] if stack else []))
+    finetune_lowmem.update_in_backward(optimizer, chosen, after=stack.send_home)
 
     def step(batch):
         loss = finetune_lowmem.training_loss(model, head, batch)
@@ -45,12 +43,10 @@ def make_run(architecture, streamed, slots=2, trained="layers", layers=5, device
         return log_probs
 
     def weights():
-        if stack is None:
-            return [p.detach().clone() for p in model.parameters()]
         with stack.at_home():
             return [p.detach().clone() for p in model.parameters()]
 
-    return step, score, weights
+    return SimpleNamespace(model=model, step=step, score=score, weights=weights)
 
 
 @pytest.mark.parametrize("streamed", [range(5), [0, 1, 3, 4], [1, 2, 3, 4]])
@@ -60,12 +56,12 @@ def test_streamed_layers_train_as_resident_ones_do(streamed, slots):
     runs = [make_run("llama", layers, slots) for layers in ([], streamed)]
     for seed in range(15):
         batch = make_batch(seed)
-        losses = [step(batch) for step, *_ in runs]
+        losses = [one.step(batch) for one in runs]
         assert torch.equal(*losses)
         if seed % 3 == 0:
-            assert torch.equal(*(score(batch) for _, score, _ in runs))
+            assert torch.equal(*(one.score(batch) for one in runs))
         if seed % 7 == 0:
-            resident, moved = (weights() for *_, weights in runs)
+            resident, moved = (one.weights() for one in runs)
             assert all(torch.equal(a, b) for a, b in zip(resident, moved, strict=True))
 
 
@@ -103,12 +99,11 @@ class LateCopies(finetune_lowmem.Copies):
 @pytest.mark.parametrize("streamed", [range(5), [0, 1, 3, 4]])
 def test_what_runs_waits_for_its_copies(streamed):
     """With copies done as late as may be, as a busy bus would, the weights are still the resident run's."""
-    step, _, expected = make_run("llama", [])
-    late_step, score, late = make_run("llama", streamed, copies=LateCopies())
+    plain, late = make_run("llama", []), make_run("llama", streamed, copies=LateCopies())
     for seed in range(6):
-        assert torch.equal(step(make_batch(seed)), late_step(make_batch(seed)))
-        score(make_batch(seed))
-    assert all(torch.equal(a, b) for a, b in zip(expected(), late(), strict=True))
+        assert torch.equal(plain.step(make_batch(seed)), late.step(make_batch(seed)))
+        late.score(make_batch(seed))
+    assert all(torch.equal(a, b) for a, b in zip(plain.weights(), late.weights(), strict=True))
 
 
 @pytest.mark.parametrize("trained", ["layers", "all"])
@@ -116,9 +111,9 @@ def test_what_runs_waits_for_its_copies(streamed):
 def test_every_architecture_streams(architecture, trained):
     runs = [make_run(architecture, layers, trained=trained) for layers in ([], range(5))]
     for seed in range(4):
-        losses = [step(make_batch(seed)) for step, *_ in runs]
+        losses = [one.step(make_batch(seed)) for one in runs]
         assert torch.equal(*losses)
-    resident, moved = (weights() for *_, weights in runs)
+    resident, moved = (one.weights() for one in runs)
     assert all(torch.equal(a, b) for a, b in zip(resident, moved, strict=True))
 
 
@@ -170,7 +165,9 @@ def test_a_plan_keeps_most_within_the_budget(budget, head, expected):
 
 
 def test_a_budget_too_small_names_the_least_that_works():
-    with pytest.raises(common.UserError, match=r"4\.90 GiB are too few, .* needs 5\.00 with all its layers streamed"):
+    with pytest.raises(
+        common.UserError, match=r"4\.90 GiB of GPU memory are too few: .* needs 5\.00 with all its layers streamed"
+    ):
         finetune_lowmem.plan_within(int(4.9 * common.GIB), 3 * common.GIB, 8, common.GIB, common.GIB)
 
 
@@ -209,11 +206,43 @@ def test_a_streamed_run_goes_on_from_its_checkpoint(run_streamed, before, after)
     assert losses[0] == losses[1]
 
 
-def test_layers_unlike_the_others_never_stream():
+def test_layers_unlike_the_others_or_with_a_shared_weight_never_stream():
     model = make_model("llama", num_hidden_layers=5)
     layers = common.decoder_layers(model)
     layers[0].mlp.up_proj = torch.nn.Linear(32, 96, bias=False)
     assert finetune_lowmem.layers_alike(model) == list(layers)[1:]
+    layers[2].mlp.up_proj.weight = layers[4].mlp.up_proj.weight
+    assert finetune_lowmem.layers_alike(model) == [layers[1], layers[3]]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_step_without_a_layer_or_a_gradient_costs_time_not_weights(late):
+    """Layers that are skipped (as layerdrop does) and weights without a gradient (as an idle expert's)."""
+    plain = make_run("llama", [], layers=6)
+    moved = make_run("llama", range(6), layers=6, copies=LateCopies() if late else None)
+    for seed in range(12):
+        for one in (plain, moved):
+            layers = common.decoder_layers(one.model)
+            one.model.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(layers) if i != seed % 7)
+            idle = layers[seed * 5 % 6].mlp.down_proj.weight.requires_grad_(False)
+            one.loss = one.step(make_batch(seed))
+            one.model.model.layers = layers
+            idle.requires_grad_(True)
+            one.scores = one.score(make_batch(seed))
+        assert torch.equal(plain.loss, moved.loss)
+        assert torch.equal(plain.scores, moved.scores)
+    assert all(torch.equal(a, b) for a, b in zip(plain.weights(), moved.weights(), strict=True))
+
+
+def test_saving_copies_no_streamed_weights(tmp_path, monkeypatch):
+    """save_pretrained clones tensors that share a storage: at home each has its own."""
+    model = make_model("llama", num_hidden_layers=5).bfloat16()
+    stack = finetune_lowmem.StreamedLayers(list(common.decoder_layers(model)), finetune_lowmem.Copies(CPU), CPU)
+    with stack.at_home():
+        places = [p.untyped_storage().data_ptr() for p in stack.at_home_as]
+        monkeypatch.setattr(torch.Tensor, "clone", lambda *_: pytest.fail("a weight was copied"))
+        model.save_pretrained(tmp_path)
+    assert len(set(places)) == len(places) == 5 * 9
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -229,16 +258,18 @@ def test_the_first_layers_make_a_model_too(architecture):
 def test_host_memory_is_checked_before_anything_is_loaded(model_folder, monkeypatch):
     name = str(model_folder("llama"))
     size = 2 * sum(p.numel() for p in make_model("llama").parameters())
-    assert common.weight_bytes(name, torch.bfloat16) == size
-    monkeypatch.setattr(finetune_lowmem.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    finetune_lowmem.check_host_memory(name, size - 1000)
-    with pytest.raises(common.UserError, match="of host memory are free, which is too little"):
-        finetune_lowmem.check_host_memory(name, size - 1001)
+    assert common.size_in_bytes(common.empty_model(name, torch.bfloat16).parameters()) == size
+    monkeypatch.setattr(finetune_lowmem.psutil, "virtual_memory", lambda: SimpleNamespace(available=size - 1))
+    finetune_lowmem.check_host_memory(name, size)  # all on the GPU
+    with pytest.raises(common.UserError, match="of free host memory are too little"):
+        finetune_lowmem.check_host_memory(name, size - 1)
+    monkeypatch.setattr(finetune_lowmem.psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
+    finetune_lowmem.check_host_memory(name, size - 1)
 
 
 def test_the_largest_batch_is_as_large_as_any():
     train = [common.Sequence([0] * (4 + n % 30), 1 + n % 3) for n in range(50)]
-    batch = common.largest_batch((train, []), 8, 16, 2048)
+    batch = common.largest_batch(train, 8, 16, 2048)
     assert batch.ids.shape == (8, 32)
     assert len(batch.targets) == 8 * 3
 
@@ -275,7 +306,8 @@ def test_streamed_layers_train_as_resident_ones_do_on_a_gpu(graphs, trained, mon
         with torch.cuda.stream(stream), torch.autograd.set_multithreading_enabled(False):
             weights = []
             for streamed in ([], range(6), [0, 2, 3, 5]):
-                step, score, get = make_run("llama", streamed, trained=trained, device=device, **shape)
+                made = make_run("llama", streamed, trained=trained, device=device, **shape)
+                step, score, get = made.step, made.score, made.weights
                 batches = [make_batch(seed, rows=8, length=128).to(device) for seed in range(20)]
                 step(batches[0])
                 if graphs:
