@@ -249,7 +249,6 @@ class StreamedLayers:
     def _before(self, i):
         holds = self.holds[i % len(self.slots)]
         for k in [k for k, layer in enumerate(holds) if layer != i]:
-            self.copies.settle()  # what was in this place may still be on its way home
             self._fetch(i, k)
         self.copies.wait(i)
 
