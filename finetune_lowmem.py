@@ -36,7 +36,9 @@ GRAPHS_PAY = 65  # steps, or 195 evaluation batches: of a 1B model they take 9 s
 COMPILING_PAYS = 5000  # steps: on an H100 it takes 22 s at the start, and saves 4.5 ms a step of a 1B model
 PAD_TO = 32  # tokens: few lengths, few graphs
 SLOTS = 2  # layers on the device of those that stream
-GRAPHS = 2**27  # bytes that CUDA takes for graphs
+GRAPH = 2**19  # bytes that CUDA takes for each decoder layer in a graph: on an H100 0.44 MiB, an evaluation's less
+GAPS = 2**26  # bytes that PyTorch's allocator cannot use, beyond those of the measured step: 0.03 to 0.06 GiB
+PAGES = 512  # bytes of locked host memory for which the GPU keeps one of its own: 8 for each page of 4 KiB
 PIECE = 2**25  # bytes of the head's weights on the device at a time, where they stream
 
 
@@ -438,7 +440,8 @@ def plan_within(budget, rest, layers, layer, head):
     head that streams if it can. The head streams first: for the same bytes a layer is copied three times a step, the
     head once. Raises UserError with the least budget that works.
     """
-    everything, least = rest + layers * layer + (head or 0), rest + min(SLOTS, layers) * layer
+    everything = rest + layers * layer + (head or 0)
+    least = rest + min(SLOTS, layers) * layer + layers * layer // PAGES
     if everything <= budget:
         return Plan(0, False, everything)
     if least > budget:
@@ -452,11 +455,12 @@ def plan_within(budget, rest, layers, layer, head):
     return Plan(layers - resident, head is not None, least + resident * layer)
 
 
-def choose_plan(model, trained, batches, budget, memory, device):
+def choose_plan(model, trained, batches, graphs, budget, memory, device):
     """The plan that fills the GPU up to `budget` bytes, CUDA's context and other programs' use included.
 
     What work needs beside weights is measured: a training step and an evaluation of `batches`, the largest that come,
-    with the first layers only, the others in host memory. Then PyTorch is kept from taking more than is left to it.
+    with the first layers only, the others in host memory. CUDA takes more for `graphs` graphs. Then PyTorch is kept
+    from taking more than is left to it.
     """
     if device.type != "cuda":
         return Plan(0, False)
@@ -485,9 +489,9 @@ def choose_plan(model, trained, batches, budget, memory, device):
     del optimizer
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    outside = total - free - torch.cuda.memory_reserved() + GRAPHS
+    outside = total - free - torch.cuda.memory_reserved() + graphs * len(layers) * GRAPH
     layer = common.size_in_bytes(alike[0].parameters()) if alike else 0
-    rest += outside
+    rest += outside + GAPS
     # what is not one of the layers that can stream: others, buffers, optimizer state, and each further layer's input
     rest += common.size_in_bytes([*layers.parameters(), *layers.buffers()]) - len(alike) * layer
     rest += sum(4 * sum(common._as_matrix(p).shape) for p in trained.values())
@@ -495,6 +499,7 @@ def choose_plan(model, trained, batches, budget, memory, device):
     rest += (len(layers) - len(few)) * train.ids.numel() * width * output.weight.itemsize
     more = output.weight.nbytes - placed.head.buffers.nbytes if can_stream else None
     plan = plan_within(budget, rest, len(alike), layer, more)
+    outside += plan.streamed * layer // PAGES
     torch.cuda.set_per_process_memory_fraction(min(1.0, (budget - outside) / total))
     return plan
 
@@ -612,6 +617,8 @@ def advise_no_compile():
         raise
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
+        if isinstance(error.__context__, torch.OutOfMemoryError):  # of a capture, whose end then fails too
+            raise error.__context__ from None
         if "out of memory" in reason[0]:
             raise torch.OutOfMemoryError(reason[0]) from error
         raise common.UserError(
@@ -763,10 +770,11 @@ def load(args, data, limit, memory, device):
     evaluated = [s for row in data[1] for s in row.sequences]
     largest = common.largest_batch(data[0] or evaluated, args.batch_size, PAD_TO, limit)
     # Streamed, an evaluation batch costs a copy of the model: more tokens then, where training keeps much more of each
-    longest = max(common.padded_lengths(evaluated, PAD_TO, limit))
-    tokens = max(1024, 2 * largest.ids.numel(), longest)
-    batches = largest, common.largest_batch(evaluated, tokens // longest, PAD_TO, limit)
-    plan = choose_plan(model, trained, batches, int(budget), memory, device)
+    lengths = [common.padded_lengths(sequences, PAD_TO, limit) for sequences in (data[0], evaluated)]
+    tokens = max(1024, 2 * largest.ids.numel(), max(lengths[1]))
+    batches = largest, common.largest_batch(evaluated, tokens // max(lengths[1]), PAD_TO, limit)
+    graphs = 0 if args.no_compile else sum(map(len, lengths))
+    plan = choose_plan(model, trained, batches, graphs, int(budget), memory, device)
     placed = place(model, plan, device)
     if device.type == "cuda":
         print_plan(plan, model, placed.layers, budget)

@@ -462,3 +462,17 @@ def test_a_step_that_cannot_be_captured_ends_in_one_line(small_context):
     graphs = finetune_lowmem.Graphs(waits, torch.cuda.graph_pool_handle())
     with pytest.raises(common.UserError, match="--no_compile"):
         graphs(make_batch().to("cuda"))
+
+
+def test_memory_that_ends_in_a_capture_is_reported_as_such():
+    """Ending the capture fails too, and that error hides the first."""
+
+    @finetune_lowmem.advise_no_compile()
+    def capture():
+        try:
+            raise torch.OutOfMemoryError("tried to allocate")
+        finally:
+            raise RuntimeError("capturing stream has unjoined work")
+
+    with pytest.raises(torch.OutOfMemoryError, match="tried to allocate"):
+        capture()
