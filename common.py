@@ -23,7 +23,7 @@ import tempfile
 import time
 import weakref
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +43,7 @@ except ImportError:  # comes with PyTorch's builds for GPUs, and only a GPU's ke
 
 IGNORE = -100  # label of a position that is not trained: F.cross_entropy's default ignore_index
 GIB = 2**30
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1254,6 +1255,16 @@ class Memory:
         return peak["device"]
 
 
+def free_host_memory():
+    """Bytes of host memory that this process may take, within its container's limit too (control groups, v2)."""
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # no such files, or "max": no limit
+        limit, used = (int((CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(stat["inactive_file"]))  # files read once are given up first
+    return free
+
+
 def host_memory(size, device):
     """A buffer of `size` bytes in host memory, page-locked if `device` is a GPU, which then copies by itself.
 
@@ -1262,7 +1273,7 @@ def host_memory(size, device):
     """
     advice = f"no host memory for {size / GIB:.2f} GiB more of the model's weights: close other programs, or allow the "
     advice += "run more of the GPU (--memory_budget)"
-    if size > psutil.virtual_memory().available:
+    if size > free_host_memory():
         raise UserError(advice)
     try:
         buffer = (ctypes.c_char * size).from_buffer(mmap.mmap(-1, size))  # whole pages, shared with nothing else

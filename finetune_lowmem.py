@@ -25,7 +25,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -528,7 +527,7 @@ def check_host_memory(name, budget):
 
     Of the budget half a GiB, CUDA's context, and the slots hold none of the weights.
     """
-    model, free = common.empty_model(name, torch.bfloat16), psutil.virtual_memory().available
+    model, free = common.empty_model(name, torch.bfloat16), common.free_host_memory()
     size = common.size_in_bytes(model.parameters())
     slots = SLOTS * common.size_in_bytes(common.decoder_layers(model)[-1].parameters())
     if size > budget and size - max(0, budget - 2**29 - slots) > free:

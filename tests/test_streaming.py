@@ -259,12 +259,23 @@ def test_host_memory_is_checked_before_anything_is_loaded(model_folder, monkeypa
     name = str(model_folder("llama"))
     size = 2 * sum(p.numel() for p in make_model("llama").parameters())
     assert common.size_in_bytes(common.empty_model(name, torch.bfloat16).parameters()) == size
-    monkeypatch.setattr(finetune_lowmem.psutil, "virtual_memory", lambda: SimpleNamespace(available=size - 1))
+    monkeypatch.setattr(common, "free_host_memory", lambda: size - 1)
     finetune_lowmem.check_host_memory(name, size)  # all on the GPU
     with pytest.raises(common.UserError, match="of free host memory are too little"):
         finetune_lowmem.check_host_memory(name, size - 1)
-    monkeypatch.setattr(finetune_lowmem.psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
+    monkeypatch.setattr(common, "free_host_memory", lambda: size)
     finetune_lowmem.check_host_memory(name, size - 1)
+
+
+def test_a_container_may_have_less_memory_than_its_host(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(common, "CONTROL_GROUP", tmp_path)
+    assert common.free_host_memory() == 1000
+    (tmp_path / "memory.current").write_text("500\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 150\n")
+    for limit, free in [("max", 1000), ("2000", 1000), ("700", 350)]:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert common.free_host_memory() == free
 
 
 def test_the_largest_batch_is_as_large_as_any():
