@@ -924,9 +924,10 @@ def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None):
     return finite
 
 
-# The same update as Triton kernels (Tillet et al. 2019). A tensor is read three times, for its means, its norms and its
-# step, and written once: 12 bytes an element in bf16. What one kernel hands to the next are sums over tiles, in a fixed
-# order, so that a seed gives the same weights each time; nothing is as large as the tensor, nothing waits for the host.
+# The same update as Triton kernels (Tillet et al. 2019). The gradient is read three times, for means, norms and step,
+# the weights for the last two, and written once: 12 bytes an element in bf16. What one kernel hands to the next are
+# sums over tiles, in a fixed order, so that a seed gives the same weights each time; nothing is as large as the tensor,
+# nothing waits for the host.
 
 
 if triton is None:
@@ -1261,7 +1262,7 @@ def free_host_memory():
     with suppress(OSError, ValueError):  # no such files, or "max": no limit
         limit, used = (int((CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         stat = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(stat["inactive_file"]))  # files read once are given up first
+        free = min(free, limit - used + int(stat["inactive_file"]) + int(stat["active_file"]))
     return free
 
 

@@ -442,7 +442,7 @@ def plan_within(budget, rest, layers, layer, head):
     head once. Raises UserError with the least budget that works.
     """
     everything = rest + layers * layer + (head or 0)
-    least = rest + min(SLOTS, layers) * layer + layers * layer // PAGES
+    least = rest + min(SLOTS, layers) * layer + (layers > SLOTS) * layers * layer // PAGES
     if everything <= budget:
         return Plan(0, False, everything)
     if least > budget:
@@ -450,8 +450,7 @@ def plan_within(budget, rest, layers, layer, head):
             f"{budget / common.GIB:.2f} GiB of GPU memory are too few: at this --batch_size the model needs "
             f"{math.ceil(100 * least / common.GIB) / 100:.2f} with all its layers streamed (--memory_budget)"
         )
-    resident = (budget - least) // layer
-    if resident + SLOTS >= layers:
+    if layers <= SLOTS or (resident := (budget - least) // layer) + SLOTS >= layers:
         return Plan(0, head is not None, rest + layers * layer)
     return Plan(layers - resident, head is not None, least + resident * layer)
 
@@ -467,8 +466,10 @@ def choose_plan(model, trained, batches, graphs, budget, memory, device):
         return Plan(0, False)
     layers, alike = common.decoder_layers(model), layers_alike(model)
     embeddings, output = model.get_input_embeddings(), common.Head(model).layer
-    can_stream = not output.weight.requires_grad and (
-        embeddings.weight is not output.weight or can_stay_on_host(embeddings)
+    can_stream = (
+        type(output) is torch.nn.Linear
+        and not output.weight.requires_grad
+        and (embeddings.weight is not output.weight or can_stay_on_host(embeddings))
     )
     train, evaluation = batches
     with first_layers(model, SLOTS) as few:
@@ -769,7 +770,8 @@ def load(args, data, limit, memory, device):
     leave_out_masks(model, longest=common.longest_sequence(data))
     common.checkpoint_activations(model)
     evaluated = [s for row in data[1] for s in row.sequences]
-    largest = common.largest_batch(data[0] or evaluated, args.batch_size, PAD_TO, limit)
+    rows = min(args.batch_size, len(data[0] or evaluated))
+    largest = common.largest_batch(data[0] or evaluated, rows, PAD_TO, limit)
     # Streamed, an evaluation batch costs a copy of the model: more tokens then, where training keeps much more of each
     lengths = [common.padded_lengths(sequences, PAD_TO, limit) for sequences in (data[0], evaluated)]
     tokens = max(1024, 2 * largest.ids.numel(), max(lengths[1]))
@@ -792,9 +794,10 @@ def as_graphs(step, log_probs_of, model, optimizer, args, data, limit, eval_toke
         compile_layers(model)
         log_probs_of = torch.compiler.set_stance("force_eager")(log_probs_of)  # not worth a second compilation
     print(f"{steps} steps as CUDA graphs, decoder layers {'compiled' if steps >= COMPILING_PAYS else 'not compiled'}")
-    warm_up(step, optimizer, args.batch_size, common.padded_lengths(data[0], PAD_TO, limit), device)
+    rows = min(args.batch_size, len(data[0]))
+    warm_up(step, optimizer, rows, common.padded_lengths(data[0], PAD_TO, limit), device)
     pool = torch.cuda.graph_pool_handle()
-    return Graphs(step, pool, rows=args.batch_size), Graphs(log_probs_of, pool)
+    return Graphs(step, pool, rows=rows), Graphs(log_probs_of, pool)
 
 
 def main(argv=None):

@@ -164,6 +164,17 @@ def test_a_plan_keeps_most_within_the_budget(budget, head, expected):
     assert plan == finetune_lowmem.Plan(*expected[:2], expected[2] * gib)
 
 
+def test_a_plan_of_so_few_layers_that_none_streams():
+    for layers in (0, 2):
+        assert finetune_lowmem.plan_within(100, 50, layers, 10, 60) == finetune_lowmem.Plan(0, True, 50 + 10 * layers)
+
+
+def test_a_batch_size_above_the_number_of_rows_means_all_of_them(run):  # noqa: F811
+    """A --batch_size far above the number of rows means all of them, and takes no memory for more."""
+    whole, _ = run("finetune_lowmem", "whole", "--batch_size", 10**12, "--epochs", 1)
+    assert whole["steps"] == 1
+
+
 def test_a_budget_too_small_names_the_least_that_works():
     with pytest.raises(
         common.UserError, match=r"4\.90 GiB of GPU memory are too few: .* needs 5\.02 with all its layers streamed"
@@ -272,7 +283,7 @@ def test_a_container_may_have_less_memory_than_its_host(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "CONTROL_GROUP", tmp_path)
     assert common.free_host_memory() == 1000
     (tmp_path / "memory.current").write_text("500\n")
-    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 150\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 50\nactive_file 100\n")
     for limit, free in [("max", 1000), ("2000", 1000), ("700", 350)]:
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         assert common.free_host_memory() == free
