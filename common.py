@@ -43,7 +43,7 @@ except ImportError:  # comes with PyTorch's builds for GPUs, and only a GPU's ke
 
 IGNORE = -100  # label of a position that is not trained: F.cross_entropy's default ignore_index
 GIB = 2**30
-CONTROL_GROUP = Path("/sys/fs/cgroup")
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # as a container sees its own
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,6 +67,10 @@ def run_command(main):
                 f"error: out of GPU memory, start again with a smaller --batch_size and another --run-name ({error})", 2
             )
         )
+    except Exception as error:  # safetensors has an error of its own
+        if "No space left on device" not in str(error):
+            raise
+        sys.exit(_fail("error: the disk is full: make room; --resume goes on from the last checkpoint, if any", 2))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted; once a run has its folder, --resume goes on from its last checkpoint", 130))
 
@@ -780,7 +784,8 @@ def small_batch(data, limit):
 
 
 def largest_batch(sequences, rows, multiple, limit):
-    """A batch as long as the longest of the sequences, with as many targets as any `rows` of them have."""
+    """A batch as long as the longest of the sequences, with as many targets as any `rows` of them (or all) have."""
+    rows = min(rows, len(sequences))
     ids = torch.zeros(rows, max(padded_lengths(sequences, multiple, limit)), dtype=torch.int64)
     labels = torch.full_like(ids, IGNORE)
     labels.view(-1)[: sum(sorted(s.targets for s in sequences)[-rows:])] = 0
@@ -1262,7 +1267,8 @@ def free_host_memory():
     with suppress(OSError, ValueError):  # no such files, or "max": no limit
         limit, used = (int((CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         stat = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(stat["inactive_file"]) + int(stat["active_file"]))
+        cached = int(stat["inactive_file"]) + int(stat["active_file"])  # given up when memory is needed
+        free = min(free, limit - used + cached)
     return free
 
 
@@ -1614,7 +1620,7 @@ class Run:
         self.memory.sample()
         if not self.args.no_save_model:
             with self.at_home():
-                self.model.save_pretrained(self.dir / "model")
+                self.model.save_pretrained(self.dir / "model", max_shard_size=SHARD)
             self.tokenizer.save_pretrained(self.dir / "model")
         self.metrics.close()
         self.board.close()

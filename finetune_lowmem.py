@@ -298,7 +298,7 @@ def _seconds(*copies):
                 end.record()
         torch.cuda.synchronize()
         trials.append([start.elapsed_time(end) / 1000 for start, end in events])
-    return map(min, zip(*trials, strict=True))
+    return [min(times) for times in zip(*trials, strict=True)]
 
 
 class StreamedHead(common.Head):
@@ -441,18 +441,19 @@ def plan_within(budget, rest, layers, layer, head):
     head that streams if it can. The head streams first: for the same bytes a layer is copied three times a step, the
     head once. Raises UserError with the least budget that works.
     """
-    everything = rest + layers * layer + (head or 0)
-    least = rest + min(SLOTS, layers) * layer + (layers > SLOTS) * layers * layer // PAGES
-    if everything <= budget:
-        return Plan(0, False, everything)
+    resident = rest + layers * layer
+    least = min(resident, rest + SLOTS * layer + layers * layer // PAGES)
+    if resident + (head or 0) <= budget:
+        return Plan(0, False, resident + (head or 0))
+    if resident <= budget:
+        return Plan(0, True, resident)
     if least > budget:
         raise common.UserError(
             f"{budget / common.GIB:.2f} GiB of GPU memory are too few: at this --batch_size the model needs "
             f"{math.ceil(100 * least / common.GIB) / 100:.2f} with all its layers streamed (--memory_budget)"
         )
-    if layers <= SLOTS or (resident := (budget - least) // layer) + SLOTS >= layers:
-        return Plan(0, head is not None, rest + layers * layer)
-    return Plan(layers - resident, head is not None, least + resident * layer)
+    more = (budget - least) // layer
+    return Plan(layers - more, head is not None, least + more * layer)
 
 
 def choose_plan(model, trained, batches, graphs, budget, memory, device):
@@ -770,8 +771,7 @@ def load(args, data, limit, memory, device):
     leave_out_masks(model, longest=common.longest_sequence(data))
     common.checkpoint_activations(model)
     evaluated = [s for row in data[1] for s in row.sequences]
-    rows = min(args.batch_size, len(data[0] or evaluated))
-    largest = common.largest_batch(data[0] or evaluated, rows, PAD_TO, limit)
+    largest = common.largest_batch(data[0] or evaluated, args.batch_size, PAD_TO, limit)
     # Streamed, an evaluation batch costs a copy of the model: more tokens then, where training keeps much more of each
     lengths = [common.padded_lengths(sequences, PAD_TO, limit) for sequences in (data[0], evaluated)]
     tokens = max(1024, 2 * largest.ids.numel(), max(lengths[1]))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ODD_ROWS, make_model, make_row, many_rows, write_jsonl
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import common
@@ -224,6 +225,17 @@ def test_base_and_lowmem_adafactor_follow_each_other(run):
         losses.append(torch.tensor([m["train_loss"] for m in lines(folder / "metrics.jsonl") if "train_loss" in m]))
     assert losses[0][-1] < losses[0][0] - 0.3
     assert (losses[0] - losses[1]).abs().max() < 0.1  # seen: 0.03
+
+
+def test_a_large_model_is_saved_in_several_files(run, model_folder, monkeypatch):
+    """One at a time is copied from the GPU; together they are the model."""
+    whole, one = run("finetune_lowmem", "one", "--max_steps", 1)
+    monkeypatch.setattr(common, "SHARD", 20_000)
+    _, several = run("finetune_lowmem", "several", "--max_steps", 1)
+    assert len(list((several / "model").glob("*.safetensors"))) > 1
+    assert weights(one / "model").keys() == weights(several / "model").keys()
+    again, _ = run("finetune_lowmem", "again", "--epochs", 0, model=several / "model")
+    assert again["eval"][0]["gold_nll"] == whole["eval"][-1]["gold_nll"]
 
 
 def test_nostround_loses_small_steps(run, model_folder):
@@ -585,6 +597,30 @@ def test_a_gpu_that_is_too_small_ends_in_one_line(capsys):
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: out of GPU memory, start again with a smaller --batch_size")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")],
+)
+def test_a_full_disk_ends_in_one_line(error, run, monkeypatch, capsys):
+    """And once there is room again, the run goes on from its last checkpoint, to the same weights."""
+    _, whole = run("finetune_lowmem", "whole", "--epochs", 1, "--save_every", 5)
+    plain = common._save_shards
+
+    def full(folder, prefix, named):
+        if prefix == "optimizer" and (folder.parent / "step-5").exists():
+            raise error
+        plain(folder, prefix, named)
+
+    monkeypatch.setattr(common, "_save_shards", full)
+    with pytest.raises(SystemExit) as stopped:
+        common.run_command(lambda: run("finetune_lowmem", "parts", "--epochs", 1, "--save_every", 5))
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: the disk is full")
+    monkeypatch.setattr(common, "_save_shards", plain)
+    _, parts = run("finetune_lowmem", "parts", "--epochs", 1, "--save_every", 5, "--resume")
+    assert all(torch.equal(t, weights(parts / "model")[name]) for name, t in weights(whole / "model").items())
 
 
 def test_no_compile_changes_nothing_on_a_cpu(run, capsys):

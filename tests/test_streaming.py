@@ -158,7 +158,7 @@ def test_a_streamed_heads_log_probs_and_gradient(architecture):
     ],
 )
 def test_a_plan_keeps_most_within_the_budget(budget, head, expected):
-    """Eight layers of 1 GiB, a head of 1 GiB, 3 GiB of other things; streaming takes two slots and 16 MiB of page tables."""
+    """Eight layers and a head of 1 GiB each, 3 GiB of other things; two slots and 16 MiB of page tables to stream."""
     gib = common.GIB
     plan = finetune_lowmem.plan_within(int(budget * gib), 3 * gib, 8, gib, head and head * gib)
     assert plan == finetune_lowmem.Plan(*expected[:2], expected[2] * gib)
@@ -170,7 +170,6 @@ def test_a_plan_of_so_few_layers_that_none_streams():
 
 
 def test_a_batch_size_above_the_number_of_rows_means_all_of_them(run):  # noqa: F811
-    """A --batch_size far above the number of rows means all of them, and takes no memory for more."""
     whole, _ = run("finetune_lowmem", "whole", "--batch_size", 10**12, "--epochs", 1)
     assert whole["steps"] == 1
 
