@@ -948,12 +948,15 @@ else:
 
 @_kernel
 def _square_sums(g, row_sums, col_sums, R, C, strips, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Of g [R, C] squared, for each tile of strips * HEIGHT rows and WIDTH columns: the sums along both."""
+    """Of g [R, C] squared, for each set of strips of HEIGHT rows and WIDTH columns: the sums along both.
+
+    All programs' strips of one turn lie side by side, so that at the end the last rows are in the cache.
+    """
     i, j = tl.program_id(0), tl.program_id(1)
     cols = j * WIDTH + tl.arange(0, WIDTH)
     squares = tl.zeros([HEIGHT, WIDTH], tl.float32)
     for strip in range(strips):
-        rows = (i * strips + strip) * HEIGHT + tl.arange(0, HEIGHT)
+        rows = (strip * tl.num_programs(0) + i) * HEIGHT + tl.arange(0, HEIGHT)
         at = rows[:, None].to(tl.int64) * C + cols[None, :]
         x = tl.load(g + at, mask=(rows < R)[:, None] & (cols < C)[None, :], other=0.0).to(tl.float32)
         tl.store(row_sums + j * R + rows, tl.sum(x * x, 1), mask=rows < R)
@@ -1007,14 +1010,17 @@ def _norms(
     p, g, new_row, new_col, totals, u_squares, p_squares, R, C, strips, row_blocks,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """For each tile, the sum of squares of the update before its rescaling, and of the weights."""
+    """For each set of strips, the sums of squares of the update before its rescaling and of the weights.
+
+    Backwards, from the rows that are in the cache.
+    """
     i, j = tl.program_id(0), tl.program_id(1)
     cols = j * WIDTH + tl.arange(0, WIDTH)
     mean_row = _total(totals, row_blocks) / R
     col_factor = tl.rsqrt(tl.load(new_col + cols, mask=cols < C, other=1.0))
     u_square, p_square = tl.zeros([HEIGHT, WIDTH], tl.float32), tl.zeros([HEIGHT, WIDTH], tl.float32)
-    for strip in range(strips):
-        rows = (i * strips + strip) * HEIGHT + tl.arange(0, HEIGHT)
+    for turn in range(strips):
+        rows = ((strips - 1 - turn) * tl.num_programs(0) + i) * HEIGHT + tl.arange(0, HEIGHT)
         at = rows[:, None].to(tl.int64) * C + cols[None, :]
         mask = (rows < R)[:, None] & (cols < C)[None, :]
         row_factor = tl.rsqrt(tl.load(new_row + rows, mask=rows < R, other=1.0) / mean_row)
@@ -1049,8 +1055,9 @@ def _step(
     p, g, row, col, new_row, new_col, totals, u_squares, p_squares, count, skipped, R, C, row_blocks, blocks, tiles,
     lr, least_norm, tiny, number, seed, STOCHASTIC: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write weights and running means, if the update is finite, or else count it as skipped."""
-    i, j = tl.program_id(0), tl.program_id(1)
+    """Write weights and running means, if the update is finite, or else count it as skipped. Forwards again."""
+    across = tl.cdiv(C, WIDTH)
+    i, j = tl.program_id(0) // across, tl.program_id(0) % across
     cols = j * WIDTH + tl.arange(0, WIDTH)
     mean_row = _total(totals, row_blocks) / R
     u_square, p_square = _total(u_squares, tiles), _total(p_squares, tiles)
@@ -1143,7 +1150,7 @@ def fused_adafactor_update(p, g, row, col, lr, beta2, rounding, count, number, s
         row_sums, col_sums, row, col, *means, count, rows, cols, wide, tall, 1 - beta2, FLOOR, block
     )
     _norms[norms](p, g, *means, u_squares, p_squares, rows, cols, strips, row_blocks, 16, 256)
-    _step[triton.cdiv(rows, 16), triton.cdiv(cols, 512)](
+    _step[(triton.cdiv(rows, 16) * triton.cdiv(cols, 512),)](
         p, g, row, col, *means, u_squares, p_squares, count, skipped, rows, cols, row_blocks, row_blocks + col_blocks,
         tiles, lr, least_norm, FLOOR, number, seed, stochastic, 2, 512,
     )  # fmt: skip

@@ -18,6 +18,7 @@ What a GPU also gets, so that CUDA takes little of it and the host never keeps i
 """
 
 import ctypes
+import gc
 import math
 import os
 from collections import Counter
@@ -607,8 +608,12 @@ class Graphs:
 
     def _capture(self, inputs):
         graph = torch.cuda.CUDAGraph()
-        with advise_no_compile(), torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
-            return graph, inputs, self.function(inputs)
+        gc.disable()  # unlocking host memory that nothing uses any more would end the capture
+        try:
+            with advise_no_compile(), torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
+                return graph, inputs, self.function(inputs)
+        finally:
+            gc.enable()
 
 
 @contextmanager

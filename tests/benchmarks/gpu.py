@@ -12,12 +12,15 @@ other on one stream. Layers are compiled as a run of 5,000 steps or more compile
 
 import argparse
 import json
+import os
+import platform
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -46,8 +49,11 @@ SHAPES = {
 # name: (script, shape, flags, (steps before timing, timed, profiled), GiB that the card may have or None)
 CASES = {
     "low-memory 1B": ("finetune_lowmem", "1B", [], (128, 128, 64), None),
+    "low-memory 1B, again": ("finetune_lowmem", "1B", [], (128, 64, 0), None),
     "low-memory 1B, not compiled": ("finetune_lowmem", "1B", [], (128, 128, 64), None),
     "low-memory 1B, --no_compile": ("finetune_lowmem", "1B", ["--no_compile"], (16, 48, 16), None),
+    "low-memory 1B, --no_compile, again": ("finetune_lowmem", "1B", ["--no_compile"], (16, 64, 0), None),
+    "low-memory 1B, --no_compile, other rounding noise": ("finetune_lowmem", "1B", ["--no_compile"], (16, 64, 0), None),
     "low-memory 1B, --trained all": ("finetune_lowmem", "1B", ["--trained", "all"], (128, 64, 64), None),
     "FP32 Adam 1B": ("finetune_base", "1B", [], (16, 48, 16), None),
     "low-memory 8B": ("finetune_lowmem", "8B", [], (128, 64, 64), 15.5),
@@ -65,9 +71,13 @@ REAL_MODEL_CASES = {  # with the demo's SmolLM2, read from --tokenizer
     "low-memory SmolLM2, --no_compile, eager update": ("finetune_lowmem", None, ["--no_compile"], (64, 64, 0), None),
 }
 
+UPDATE_KERNELS = ["_square_sums", "_running_means", "_norms", "_step", "_whole_update"]  # of common
 ALL_CASES = CASES | BUDGETS | REAL_MODEL_CASES
-EAGER_PATHS = {
+YARDSTICKS = {  # whose losses are compared with whose
     "low-memory 1B": "low-memory 1B, --no_compile",
+    "low-memory 1B, again": "low-memory 1B",
+    "low-memory 1B, --no_compile, again": "low-memory 1B, --no_compile",
+    "low-memory 1B, --no_compile, other rounding noise": "low-memory 1B, --no_compile",
     "low-memory 1B, not compiled": "low-memory 1B, --no_compile",
     "low-memory 8B": "low-memory 8B, --no_compile",
     "low-memory SmolLM2": "low-memory SmolLM2, --no_compile, eager update",
@@ -107,6 +117,22 @@ def random_model(name, dtype):
     return model
 
 
+def machine():
+    """What a figure depends on beside our code, for the results."""
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    )
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "card": torch.cuda.get_device_name(),
+        "driver": driver.stdout.strip(),
+        "cuda": torch.version.cuda,
+        "triton": version("triton"),
+        "cpu": cpu[1] if cpu else platform.machine(),
+        "cores": os.cpu_count(),
+    }
+
+
 def device_gib():
     free, total = torch.cuda.mem_get_info()
     return (total - free) / common.GIB
@@ -135,6 +161,7 @@ class Stopwatch:
             torch.cuda.synchronize()
             self.context = device_gib() - torch.cuda.memory_reserved() / common.GIB
             self.profiler.__exit__(None, None, None)
+            self.updated = sum(p.numel() for p in run.trained.values())
             for event in self.profiler.key_averages():
                 self.kernels[event.key] = (event.device_time_total / 1000 / self.profiled, event.count / self.profiled)
 
@@ -149,6 +176,9 @@ class Stopwatch:
         }
         if self.kernels:
             busy = sum(ms for ms, _ in self.kernels.values())
+            update = sum(self.kernels.get(name, (0, 0))[0] for name in UPDATE_KERNELS)
+            if update:  # bytes that an update must move, over the time of its kernels
+                found["update_ms_per_step"], found["update_tb_per_s"] = update, 12 * self.updated / update / 1e9
             found |= {
                 "busy_ms_per_step": busy,
                 "wall_over_busy": found["ms_per_step"] / busy,
@@ -203,13 +233,14 @@ def worker(name, args):
         module.COMPILING_PAYS = (
             10**9 if "not compiled" in name or name in BUDGETS else 0
         )  # compiled as in one of 5,000 or more
-    if "eager update" in name:
+    other = {"fused": False} if "eager update" in name else {}
+    other |= {"seed": 1} if "other rounding noise" in name else {}
 
-        class EagerAdafactor(common.Adafactor):
-            def __init__(self, *args, **options):
-                super().__init__(*args, **options | {"fused": False})
+    class Adafactor(common.Adafactor):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options | other)
 
-        common.Adafactor = EagerAdafactor
+    common.Adafactor = Adafactor
     with tempfile.TemporaryDirectory() as folder:
         model = args.tokenizer
         if shape:
@@ -239,7 +270,7 @@ def worker(name, args):
     kept = (
         "memory_gib", "trained_params", "total_params", "eval", "train_seconds", "seconds_to_first_step", "skipped_updates", "versions",
     )  # fmt: skip
-    result |= {key: summary[key] for key in kept}
+    result |= {key: summary[key] for key in kept} | {"machine": machine()}
     if stopwatch.context is not None and script == "finetune_lowmem":
         from transformers import LlamaConfig
 
@@ -292,13 +323,13 @@ def update_bandwidth():
 
 
 def loss_differences(cases):
-    """Lines that compare the losses of single steps, by graphs and kernels and by the eager path with the same seed."""
+    """Lines that compare the losses of single steps of two cases, which see the same batches."""
     losses = {case["case"]: case["losses"] for case in cases if "failed" not in case}
-    for name, eager in EAGER_PATHS.items():
-        if name in losses and eager in losses:
-            differences = [a - b for a, b in zip(losses[name], losses[eager], strict=False)]
+    for name, yardstick in YARDSTICKS.items():
+        if name in losses and yardstick in losses:
+            differences = [a - b for a, b in zip(losses[name], losses[yardstick], strict=False)]
             yield (
-                f"{name} minus eager, loss in nats over {len(differences)} steps: "
+                f"{name} minus {yardstick}, loss in nats over {len(differences)} steps: "
                 f"mean {statistics.mean(differences):.4f}, largest {max(map(abs, differences)):.4f}"
             )
 
@@ -318,7 +349,8 @@ def main():
     parser.add_argument("--case", choices=["kernels", *ALL_CASES], help="run this case in this process")
     args = parser.parse_args()
     if args.case == "kernels":
-        print(json.dumps({"copy_tb_per_s": round(copy_bandwidth(), 3), "update_us_and_tb_per_s": update_bandwidth()}))
+        found = {"copy_tb_per_s": round(copy_bandwidth(), 3), "update_us_and_tb_per_s": update_bandwidth()}
+        print(json.dumps(found | {"machine": machine()}))
         return
     if args.case is not None:
         worker(args.case, args)

@@ -10,6 +10,7 @@ as missing, one that does not fit or fails with the reason.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -138,6 +139,9 @@ PEERS = {
 }
 
 
+STEPS = {"1B": (16, 48), "8B": (16, 24), "SmolLM2": (64, 64)}  # before timing, timed; at 1B as gpu.py's without graphs
+
+
 def hugging_face_batch(sequences):
     """What a causal LM of transformers takes: int64 [rows, length] ids, mask, and labels that are not shifted."""
     length = -(-max(len(s.ids) for s in sequences) // 8) * 8
@@ -150,19 +154,17 @@ def hugging_face_batch(sequences):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def worker(peer, shape, steps, args, queue):
+def worker(peer, shape, args, data, queue):
     """Run one peer in this process; put its result on the queue."""
     try:
-        queue.put(measure(peer, shape, steps, args))
+        queue.put(measure(peer, shape, args, data))
     except Exception as error:  # any library's any error: it is the result
         queue.put({"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"})
 
 
-def measure(peer, shape, steps, args):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
-    where = SimpleNamespace(dataset=args.dataset, train_rows=None, eval_rows=200, epochs=1, train_text="harness")
-    train, validation = common.load_data(where, tokenizer, 2048)
-    order = common.batch_order([len(s.ids) for s in train], 8, 42, 1)[:steps]
+def measure(peer, shape, args, data):
+    (train, validation), (before, timed) = data, STEPS[shape]
+    order = common.batch_order([len(s.ids) for s in train], 8, 42, 1)[: before + timed]
     batches = [hugging_face_batch([train[row] for row in rows]) for rows in order]
     if shape == "SmolLM2":
         model = common.load_model(args.tokenizer, torch.bfloat16)
@@ -175,23 +177,30 @@ def measure(peer, shape, steps, args):
     torch.cuda.reset_peak_memory_stats()
     common.choose_trained(model, "layers")
     model.train()
-    stamps, peak = [], 0.0
+    steps, stamps, peak = itertools.count(1), {}, 0.0
 
     def after_step():
         nonlocal peak
-        peak = max(peak, gpu.device_gib())
-        torch.cuda.synchronize()
-        stamps.append(time.perf_counter())
+        step = next(steps)
+        if step in (1, before, before + timed):
+            torch.cuda.synchronize()
+            stamps[step] = time.perf_counter()
+        if not before < step < before + timed:
+            peak = max(peak, gpu.device_gib())
 
     began = time.perf_counter()
     PEERS[peer][1](model, batches, after_step)
-    timed = len(stamps) * 2 // 3
+    seconds, tokens = (
+        stamps[before + timed] - stamps[before],
+        sum(len(train[row].ids) for row in sum(order[before:], [])),
+    )
     result = {
-        "card": torch.cuda.get_device_name(),
         "device_gib": peak,
         "allocated_gib": torch.cuda.max_memory_allocated() / common.GIB,
-        "rows_per_second": 8 * timed / (stamps[-1] - stamps[-1 - timed]),
-        "first_step_seconds": stamps[0] - began,
+        "rows_per_second": 8 * timed / seconds,
+        "tokens_per_second": tokens / seconds,
+        "first_step_seconds": stamps[1] - began,
+        "machine": gpu.machine(),
     }
     if shape == "SmolLM2":
         head = common.Head(model)
@@ -211,6 +220,9 @@ def main():
     parser.add_argument("--only", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--timeout", type=float, default=90, help="seconds a peer may take")
     args = parser.parse_args()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
+    where = SimpleNamespace(dataset=args.dataset, train_rows=None, eval_rows=200, epochs=1, train_text="harness")
+    data = common.load_data(where, tokenizer, 2048)
     processes = multiprocessing.get_context("fork")  # imports are done, CUDA is not started: a context of its own each
     out = Path(args.out)
     found = json.loads(out.read_text()) if out.exists() else {"peers": []}
@@ -222,8 +234,7 @@ def main():
             try:
                 result["package"] = f"{package} {version(package)}"
                 queue = processes.Queue()
-                steps = 128 if shape == "SmolLM2" else 40
-                process = processes.Process(target=worker, args=(peer, shape, steps, args, queue))
+                process = processes.Process(target=worker, args=(peer, shape, args, data, queue))
                 process.start()
                 try:
                     result |= queue.get(timeout=args.timeout)

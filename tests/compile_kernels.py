@@ -1,0 +1,40 @@
+"""Compile the Triton kernels for GPUs that are not there. python tests/compile_kernels.py 80 86 89
+
+Prints each kernel's architecture, name and bytes of shared memory. Needs Triton, with its own assembler, and no GPU.
+"""
+
+import inspect
+import sys
+from pathlib import Path
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import common
+
+KERNELS = {  # as `fused_adafactor_update` and `rows_from_host` launch them on bf16 weights
+    "_square_sums": {"HEIGHT": 64, "WIDTH": 64},
+    "_running_means": {"BLOCK": 32},
+    "_norms": {"HEIGHT": 16, "WIDTH": 256},
+    "_step": {"STOCHASTIC": True, "HEIGHT": 2, "WIDTH": 512},
+    "_whole_update": {"STOCHASTIC": True, "BLOCK": 2**13},
+    "_copy_rows": {"BLOCK": 1024},
+}
+TYPES = {
+    "i32": ["R", "C", "n", "width", *common._COUNTS],
+    "fp32": ["divisor", "beta2_rest", "tiny", "lr", "least_norm"],
+}
+TYPES |= {"*bf16": ["p", "g", "table", "out"], "*i32": ["count"], "*i64": ["skipped", "ids"]}
+TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names}
+
+for capability in map(int, sys.argv[1:]):
+    for name, constants in KERNELS.items():
+        kernel = getattr(common, name)
+        names = list(inspect.signature(kernel.fn).parameters)
+        types = {n: "constexpr" if n in constants else TYPE_OF.get(n, "*fp32") for n in names}
+        source = ASTSource(kernel, types, constexprs={(names.index(n),): value for n, value in constants.items()})
+        compiled = compile(source, target=GPUTarget("cuda", capability, 32))
+        assert f".target sm_{capability}" in compiled.asm["ptx"]
+        assert compiled.asm["cubin"]
+        print(f"sm_{capability}", name, compiled.metadata.shared)
