@@ -1,7 +1,9 @@
 """Real architectures at tiny size: each trains correctly or is refused by name. python -m pytest tests/test_architectures.py"""
 
 import copy
+import gc
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -351,6 +353,31 @@ def test_compiled_layers_hand_over_one_gradient_at_a_time():
         p.register_post_accumulate_grad_hook(update)
     finetune_lowmem.training_loss(compiled, common.Head(compiled), batch).backward()
     assert alive == [1] * len(matrices)
+
+
+def test_a_capture_for_each_shape_and_no_garbage_collected_within(monkeypatch):
+    """Freeing CUDA's objects or unlocking host memory would end a capture. On a CPU nothing is captured, only counted."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    captured = []
+
+    def function(batch):
+        captured.append((*batch.ids.shape, len(batch.targets), gc.isenabled()))
+        if len(captured) == 4:
+            raise ValueError("not to be captured")
+        return torch.zeros(())
+
+    graphs = finetune_lowmem.Graphs(function, None, rows=8)
+    for rows, length in [(8, 64), (5, 64), (8, 32), (300, 32)]:  # a batch of fewer rows is filled up
+        graphs(make_batch(rows=rows, length=length))
+    assert [c[:2] for c in captured] == [(8, 64), (8, 32), (300, 32)]
+    assert all(c[2] % 128 == 0 for c in captured)
+    assert gc.isenabled()
+    with pytest.raises(common.UserError, match="not to be captured"):
+        graphs(make_batch(rows=8, length=96))
+    assert gc.isenabled()
+    assert not any(c[3] for c in captured)
 
 
 def test_fp32_products_are_exact_products_of_bf16_values():
