@@ -608,7 +608,7 @@ class Graphs:
 
     def _capture(self, inputs):
         graph = torch.cuda.CUDAGraph()
-        gc.disable()  # unlocking host memory that nothing uses any more would end the capture
+        gc.disable()  # objects of CUDA, or locked host memory, that are freed meanwhile can end the capture
         try:
             with advise_no_compile(), torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
                 return graph, inputs, self.function(inputs)

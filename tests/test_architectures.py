@@ -356,7 +356,7 @@ def test_compiled_layers_hand_over_one_gradient_at_a_time():
 
 
 def test_a_capture_for_each_shape_and_no_garbage_collected_within(monkeypatch):
-    """Freeing CUDA's objects or unlocking host memory would end a capture. On a CPU nothing is captured, only counted."""
+    """Freeing CUDA's objects or unlocking host memory can end a capture. On a CPU nothing is captured, only counted."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
