@@ -43,7 +43,7 @@ except ImportError:  # comes with PyTorch's builds for GPUs, and only a GPU's ke
 
 IGNORE = -100  # label of a position that is not trained: F.cross_entropy's default ignore_index
 GIB = 2**30
-CONTROL_GROUP = Path("/sys/fs/cgroup")  # as a container sees its own
+CONTROL_GROUPS, OWN_CONTROL_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,11 +309,16 @@ def load_model(name, dtype):
 
 
 def empty_model(name, dtype):
-    """The causal LM `name` without weights, on the meta device, from its config alone. Raises UserError."""
+    """The causal LM `name` of `dtype` on the meta device, and the dtype of its files or None, from its config alone.
+
+    Raises UserError.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _explain_loading("model", name), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=dtype)
+        config = AutoConfig.from_pretrained(name)
+        stored = config.dtype  # which the next line changes
+        return AutoModelForCausalLM.from_config(config, dtype=dtype), stored
 
 
 class Fp32Products(TorchFunctionMode):
@@ -1269,13 +1274,16 @@ class Memory:
 
 
 def free_host_memory():
-    """Bytes of host memory that this process may take, within its container's limit too (control groups, v2)."""
-    free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # no such files, or "max": no limit
-        limit, used = (int((CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        stat = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
-        cached = int(stat["inactive_file"]) + int(stat["active_file"])  # given up when memory is needed
-        free = min(free, limit - used + cached)
+    """Bytes of host memory that this process may take, within the limits of its control groups (v2) and containers."""
+    free, group = psutil.virtual_memory().available, CONTROL_GROUPS
+    with suppress(OSError, IndexError):
+        group /= OWN_CONTROL_GROUP.read_text().split("0::/")[1].strip()  # a container sees its own as the root
+    for folder in [group, *group.parents]:
+        with suppress(OSError, ValueError):  # no such files, or "max": no limit
+            limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cached = int(stat["inactive_file"]) + int(stat["active_file"])  # given up when memory is needed
+            free = min(free, limit - used + cached)
     return free
 
 

@@ -21,6 +21,7 @@ import ctypes
 import gc
 import math
 import os
+import statistics
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -270,13 +271,6 @@ class StreamedLayers:
         for part in parts:
             self.holds[i % len(self.slots)][part] = i
 
-    def seconds_of_copies(self, head_bytes):
-        """What the copies of a step on a GPU take at least, by a trial: the layers' and as many bytes of a head."""
-        come = (self.copies.fetching, self.slots[0], self.home[0])
-        (alone,), (both, go) = _seconds(come), _seconds(come, (self.copies.sending, self.home[1], self.slots[1]))
-        fetched = len(self.home) - len(self.slots)
-        return (fetched + head_bytes / len(self.home[0])) * alone + max(fetched * both, len(self.home) * go)
-
     def send_home(self, p):
         """Send the updated parameter home, and fetch what comes into its place; nothing if it is not streamed."""
         if p in self.place_of:
@@ -286,8 +280,19 @@ class StreamedLayers:
                 self._fetch(i - len(self.slots), k, after=self.copies.sending)
 
 
+def seconds_of_copies(layers, head):
+    """What the copies of a step on a GPU take at least, by a trial between steps: of streamed layers and of a head."""
+    if not layers.home:
+        return 0.0
+    come = (layers.copies.fetching, layers.slots[0], layers.home[0])
+    (alone,), (both, go) = _seconds(come), _seconds(come, (layers.copies.sending, layers.home[1], layers.slots[1]))
+    fetched = len(layers.home) - len(layers.slots)
+    heads = head.weight.nbytes / len(layers.home[0]) if isinstance(head, StreamedHead) else 0
+    return (fetched + heads) * alone + max(fetched * both, len(layers.home) * go)
+
+
 def _seconds(*copies):
-    """Seconds that each (stream, target, source) takes when all run at once, the best of five trials."""
+    """Seconds that each (stream, target, source) takes when all run at once, the median of five trials."""
     trials = []
     for _ in range(5):
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in copies]
@@ -299,7 +304,7 @@ def _seconds(*copies):
                 end.record()
         torch.cuda.synchronize()
         trials.append([start.elapsed_time(end) / 1000 for start, end in events])
-    return [min(times) for times in zip(*trials, strict=True)]
+    return [statistics.median(times) for times in zip(*trials, strict=True)]
 
 
 class StreamedHead(common.Head):
@@ -413,7 +418,8 @@ def place(model, plan, device):
     if plan.head_streams:
         head = StreamedHead(model, copies, device)
     embeddings_on_host = keep_on_host(model, device, head=plan.head_streams)
-    streamed = [alike[len(alike) * k // plan.streamed] for k in range(plan.streamed)]
+    # each in the middle of its stretch: a layer that stays costs time at either end, where no copy hides it
+    streamed = [alike[len(alike) * (2 * k + 1) // (2 * plan.streamed)] for k in range(plan.streamed)]
     for layer in layers:
         for tensor in (*layer.buffers(), *([] if layer in streamed else layer.parameters())):
             tensor.data = tensor.data.to(device)
@@ -461,8 +467,8 @@ def choose_plan(model, trained, batches, graphs, budget, memory, device):
     """The plan that fills the GPU up to `budget` bytes, CUDA's context and other programs' use included.
 
     What work needs beside weights is measured: a training step and an evaluation of `batches`, the largest that come,
-    with the first layers only, the others in host memory. CUDA takes more for `graphs` graphs. Then PyTorch is kept
-    from taking more than is left to it.
+    with the first layers only, up to the second that can stream, the others in host memory. CUDA takes more for
+    `graphs` graphs. Then PyTorch is kept from taking more than is left to it.
     """
     if device.type != "cuda":
         return Plan(0, False)
@@ -470,11 +476,12 @@ def choose_plan(model, trained, batches, graphs, budget, memory, device):
     embeddings, output = model.get_input_embeddings(), common.Head(model).layer
     can_stream = (
         type(output) is torch.nn.Linear
+        and output.weight.nbytes > 2 * PIECE
         and not output.weight.requires_grad
         and (embeddings.weight is not output.weight or can_stay_on_host(embeddings))
     )
     train, evaluation = batches
-    with first_layers(model, SLOTS) as few:
+    with first_layers(model, 1 + max((list(layers).index(layer) for layer in alike[:SLOTS]), default=0)) as few:
         placed = place(model, Plan(0, can_stream), device)
         optimizer = common.Adafactor([p for p in trained.values() if p.is_cuda], lr=0.0)  # moves nothing
         handles = update_in_backward(optimizer, {p: p for p in optimizer.group_of})
@@ -528,10 +535,19 @@ def first_layers(model, count):
 def check_host_memory(name, budget):
     """Refuse, before anything is loaded, a model whose bf16 weights cannot be in the GPU's `budget` bytes and the host.
 
-    Of the budget half a GiB, CUDA's context, and the slots hold none of the weights.
+    Of the budget half a GiB, CUDA's context, and the slots hold none of the weights. Files in bf16 are read as they are
+    needed; those of another type are converted first, all in host memory.
     """
-    model, free = common.empty_model(name, torch.bfloat16), common.free_host_memory()
-    size = common.size_in_bytes(model.parameters())
+    model, stored = common.empty_model(name, torch.bfloat16)
+    size, free = common.size_in_bytes(model.parameters()), common.free_host_memory()
+    if stored != torch.bfloat16:
+        if size > free:
+            raise common.UserError(
+                f"{name} is not stored in bf16 but as {stored or 'an unknown type'}: to convert it takes "
+                f"{size / common.GIB:.1f} GiB of host memory, and {free / common.GIB:.1f} are free; close other "
+                "programs, or save it in bf16 first"
+            )
+        return
     slots = SLOTS * common.size_in_bytes(common.decoder_layers(model)[-1].parameters())
     if size > budget and size - max(0, budget - 2**29 - slots) > free:
         raise common.UserError(
@@ -737,16 +753,15 @@ def _names_in_graph(loss):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def print_plan(plan, model, layers, budget):
-    """Print what was chosen for the GPU's memory, before the first step."""
-    depth, head = len(common.decoder_layers(model)), model.get_output_embeddings().weight.nbytes * plan.head_streams
+def print_plan(plan, placed, depth, budget):
+    """Print what was chosen for the GPU's memory, before the first step of a model with `depth` layers."""
     words = [f"{depth - plan.streamed} of {depth} decoder layers on the GPU"]
     if plan.streamed:
         words += [f"{plan.streamed} streamed through {SLOTS} slots"]
     if plan.head_streams:
         words += ["the head streamed"]
     if plan.streamed:
-        words += [f"at least {layers.seconds_of_copies(head):.3f} s a step for copies"]
+        words += [f"at least {seconds_of_copies(placed.layers, placed.head):.3f} s a step for copies"]
     print(", ".join(words) + f"; predicted peak {plan.peak / common.GIB:.2f} GiB of {budget / common.GIB:.2f}")
 
 
@@ -785,7 +800,7 @@ def load(args, data, limit, memory, device):
     plan = choose_plan(model, trained, batches, graphs, int(budget), memory, device)
     placed = place(model, plan, device)
     if device.type == "cuda":
-        print_plan(plan, model, placed.layers, budget)
+        print_plan(plan, placed, len(common.decoder_layers(model)), budget)
     return model, trained, placed, tokens if plan.streamed else 1024
 
 

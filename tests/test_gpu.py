@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import make_model
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.gpu
@@ -19,7 +20,7 @@ def run(tmp_path, model_folder, dataset_folder):
     15 steps an epoch on tiny models.
     """
 
-    def go(name, *flags, compiled=False, architecture="llama", ends=0):
+    def go(name, *flags, compiled=False, architecture="llama", model=None, ends=0):
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, finetune_lowmem; "
         code += f"finetune_lowmem.GRAPHS_PAY, finetune_lowmem.COMPILING_PAYS = 0, {0 if compiled else 10**9}; "
         code += "common.run_command(finetune_lowmem.main)"
@@ -29,7 +30,7 @@ def run(tmp_path, model_folder, dataset_folder):
             "--output_dir",
             tmp_path,
             "--model",
-            model_folder(architecture),
+            model or model_folder(architecture),
             "--dataset",
             dataset_folder,
         ]
@@ -94,3 +95,31 @@ def test_a_budget_that_is_too_small_names_one_that_works(run):
     summary, said = run("least", "--memory_budget", least, "--epochs", 1)
     assert f"of {least:.2f}" in said
     assert max(phase["device"] for phase in summary["memory_gib"].values()) <= least
+
+
+def test_a_streamed_run_keeps_its_budget_and_learns_what_a_resident_one_does(run, tmp_path, tokenizer):
+    """Six layers of 32 MiB; some stream, then others after a new start, then all for an evaluation alone."""
+    model = tmp_path / "wide"
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 256, "num_hidden_layers": 6}
+    make_model("llama", **wide).bfloat16().save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    go = lambda *flags, **how: run(*flags, "--lr", "1e-3", model=model, **how)  # noqa: E731
+    least = float(re.search(r"needs ([\d.]+) with all", go("small", "--memory_budget", 0.2, ends=2))[1])
+    resident, said = go("resident", "--epochs", 2)
+    assert "6 of 6 decoder layers on the GPU; predicted" in said
+    start, end = (resident["eval"][at]["gold_nll"] for at in (0, -1))
+    assert end < 0.9 * start
+    for name, flags, more, on_gpu in [
+        ("parts", ["--epochs", 2, "--max_steps", 20], 0.1, 3),
+        ("parts", ["--epochs", 2, "--resume"], 0.04, 1),
+        ("evaluated", ["--epochs", 0], 0, 0),
+    ]:
+        budget = round(least + more, 2)
+        summary, said = go(name, "--memory_budget", budget, *flags)
+        assert f"{on_gpu} of 6 decoder layers on the GPU, {6 - on_gpu} streamed through 2 slots" in said
+        predicted = float(re.search(r"predicted peak ([\d.]+)", said)[1])
+        assert max(phase["device"] for phase in summary["memory_gib"].values()) <= predicted + 0.005 <= budget + 0.01
+        if "--resume" in flags:
+            assert summary["steps"] == 30
+            assert summary["eval"][-1]["gold_nll"] == pytest.approx(end, rel=0.1)
+        assert summary["eval"][0]["gold_nll"] == pytest.approx(start, rel=0.01)

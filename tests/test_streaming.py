@@ -1,5 +1,6 @@
 """Streaming from host memory: the mechanism, on the CPU; whole runs on a GPU. python -m pytest tests/test_streaming.py"""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -46,7 +47,7 @@ def make_run(architecture, streamed, slots=2, trained="layers", layers=5, device
         with stack.at_home():
             return [p.detach().clone() for p in model.parameters()]
 
-    return SimpleNamespace(model=model, step=step, score=score, weights=weights)
+    return SimpleNamespace(model=model, stack=stack, step=step, score=score, weights=weights)
 
 
 @pytest.mark.parametrize("streamed", [range(5), [0, 1, 3, 4], [1, 2, 3, 4]])
@@ -94,6 +95,45 @@ class LateCopies(finetune_lowmem.Copies):
         while self.fetches:
             self.wait(self.fetches[-1][2])
         self.send_all()
+
+
+class CountedCopies(finetune_lowmem.Copies):
+    """Copies that note the layer and the bytes of each."""
+
+    def __init__(self):
+        super().__init__(CPU)
+        self.fetched, self.sent = Counter(), 0
+
+    def fetch(self, target, source, key, after=None):
+        self.fetched[key] += source.nbytes
+        super().fetch(target, source, key, after)
+
+    def send(self, target, source):
+        self.sent += source.nbytes
+        super().send(target, source)
+
+
+@pytest.mark.parametrize("slots", [2, 1, 3])
+def test_nothing_is_copied_twice_and_all_of_it_early(slots):
+    """A step fetches what its slots do not hold, once in forward and once in backward, before a layer asks for it."""
+    copies = CountedCopies()
+    one = make_run("llama", range(6), slots, trained="all", layers=6, copies=copies)  # such a head does not stream
+    bytes_ = len(one.stack.home[0])
+    weights = sum(part.stop - part.start for part in one.stack.parts)
+    late, before = [], one.stack._before
+    one.stack._before = lambda i: (
+        late.extend([i] * any(layer != i for layer in one.stack.holds[i % slots])) or before(i)
+    )
+    for _ in range(3):
+        copies.fetched, copies.sent = Counter(), 0
+        one.step(make_batch())
+        assert copies.sent == 6 * weights
+        assert copies.fetched == {i: (i >= slots) * bytes_ + (i < 6 - slots) * weights for i in range(6)}
+        copies.fetched, copies.sent = Counter(), 0
+        one.score(make_batch())
+        assert copies.fetched == dict.fromkeys(range(6), bytes_)
+        assert copies.sent == 0
+    assert not late
 
 
 @pytest.mark.parametrize("streamed", [range(5), [0, 1, 3, 4]])
@@ -265,27 +305,37 @@ def test_the_first_layers_make_a_model_too(architecture):
     assert torch.equal(model(input_ids=batch.ids).logits, whole)
 
 
-def test_host_memory_is_checked_before_anything_is_loaded(model_folder, monkeypatch):
-    name = str(model_folder("llama"))
-    size = 2 * sum(p.numel() for p in make_model("llama").parameters())
-    assert common.size_in_bytes(common.empty_model(name, torch.bfloat16).parameters()) == size
+def test_host_memory_is_checked_before_anything_is_loaded(tmp_path, monkeypatch):
+    model = make_model("llama").bfloat16()
+    size = common.size_in_bytes(model.parameters())
+    for dtype in (torch.bfloat16, torch.float16):
+        model.to(dtype).save_pretrained(tmp_path / str(dtype))
+    bf16, fp16 = (str(tmp_path / f"torch.{name}") for name in ("bfloat16", "float16"))
     monkeypatch.setattr(common, "free_host_memory", lambda: size - 1)
-    finetune_lowmem.check_host_memory(name, size)  # all on the GPU
+    finetune_lowmem.check_host_memory(bf16, size)  # all on the GPU
     with pytest.raises(common.UserError, match="of free host memory are too little"):
-        finetune_lowmem.check_host_memory(name, size - 1)
+        finetune_lowmem.check_host_memory(bf16, size - 1)
+    with pytest.raises(common.UserError, match=r"but as torch\.float16: to convert it takes"):
+        finetune_lowmem.check_host_memory(fp16, 10 * size)
     monkeypatch.setattr(common, "free_host_memory", lambda: size)
-    finetune_lowmem.check_host_memory(name, size - 1)
+    for name in (bf16, fp16):
+        finetune_lowmem.check_host_memory(name, size - 1)
 
 
-def test_a_container_may_have_less_memory_than_its_host(tmp_path, monkeypatch):
+@pytest.mark.parametrize("own", ["", "0::/\n", "1:cpu:/elsewhere\n0::/user/job\n"])
+def test_a_container_or_a_job_may_have_less_memory_than_its_host(own, tmp_path, monkeypatch):
     monkeypatch.setattr(common.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    monkeypatch.setattr(common, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(common, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(common, "OWN_CONTROL_GROUP", tmp_path / "own")
+    (tmp_path / "own").write_text(own)
     assert common.free_host_memory() == 1000
-    (tmp_path / "memory.current").write_text("500\n")
-    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 50\nactive_file 100\n")
-    for limit, free in [("max", 1000), ("2000", 1000), ("700", 350)]:
-        (tmp_path / "memory.max").write_text(f"{limit}\n")
-        assert common.free_host_memory() == free
+    for folder in [tmp_path, tmp_path / "user"][: 1 + ("user" in own)]:
+        folder.mkdir(exist_ok=True)
+        (folder / "memory.current").write_text("500\n")
+        (folder / "memory.stat").write_text("anon 300\ninactive_file 50\nactive_file 100\n")
+        for limit, free in [("2000", 1000), ("700", 350), ("max", 1000)]:
+            (folder / "memory.max").write_text(f"{limit}\n")
+            assert common.free_host_memory() == free
 
 
 def test_the_largest_batch_is_as_large_as_any():

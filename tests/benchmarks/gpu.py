@@ -61,12 +61,12 @@ CASES = {
     "low-memory 8B, --no_compile": ("finetune_lowmem", "8B", ["--no_compile"], (16, 48, 16), 15.5),
 }
 BUDGETS = {  # --memory_budget: layers streamed from host memory; not compiled, as a run of fewer than 8,000 steps
-    f"{shape}, batch {batch}, {gib:g} GiB": ("finetune_lowmem", shape, ["--batch_size", str(batch)], (32, 32, 4), gib)
+    f"{shape}, batch {batch}, {gib:g} GiB": ("finetune_lowmem", shape, ["--batch_size", str(batch)], (24, 32, 4), gib)
     for shape, batch, gib in [
-        ("8B", 8, 2.5), ("8B", 8, 3), ("8B", 8, 4), ("8B", 8, 6), ("8B", 8, 8), ("8B", 8, 12), ("8B", 32, 4), ("8B", 32, 6),
-        ("1B", 8, 1.2), ("1B", 8, 1.7), ("32B", 8, 12),
+        ("8B", 8, 2.5), ("8B", 8, 3), ("8B", 8, 4), ("8B", 8, 6), ("8B", 8, 8), ("8B", 8, 12), ("8B", 32, 5), ("8B", 32, 6),
+        ("1B", 8, 1.2), ("1B", 8, 1.7),
     ]
-}  # fmt: skip
+} | {"32B, batch 8, 12 GiB": ("finetune_lowmem", "32B", ["--eval_rows", "40"], (8, 12, 2), 12)}  # fmt: skip
 REAL_MODEL_CASES = {  # with the demo's SmolLM2, read from --tokenizer
     "low-memory SmolLM2": ("finetune_lowmem", None, [], (64, 64, 0), None),
     "low-memory SmolLM2, --no_compile, eager update": ("finetune_lowmem", None, ["--no_compile"], (64, 64, 0), None),
@@ -143,7 +143,8 @@ def device_gib():
 class Stopwatch:
     """Wraps Run.after_step: times the middle steps of a run and profiles the last."""
 
-    def __init__(self, before, timed, profiled):
+    def __init__(self, before, timed, profiled, seconds_of_copies=None):
+        self.seconds_of_copies, self.copies = seconds_of_copies, []
         self.first, self.last, self.profiled = before, before + timed, profiled
         self.stamps, self.losses, self.kernels, self.context, self.longest = [], [], {}, None, 0
         self.plain, common.Run.after_step = common.Run.after_step, lambda run, *args: self.step(run, *args)
@@ -155,7 +156,11 @@ class Stopwatch:
         step = run.progress["step"]
         if step in (self.first, self.last):
             torch.cuda.synchronize()
+            if step == self.first:
+                self._try_copies()
             self.stamps.append((time.perf_counter(), run.progress["rows"], run.progress["tokens"]))
+            if step == self.last:
+                self._try_copies()
         if step == self.last and self.profiled:
             self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             self.profiler.__enter__()
@@ -167,6 +172,10 @@ class Stopwatch:
             for event in self.profiler.key_averages():
                 self.kernels[event.key] = (event.device_time_total / 1000 / self.profiled, event.count / self.profiled)
 
+    def _try_copies(self):
+        if self.seconds_of_copies and (seconds := self.seconds_of_copies()):
+            self.copies.append(seconds)
+
     def result(self):
         (start, rows, tokens), (end, rows_after, tokens_after) = self.stamps
         steps, seconds = self.last - self.first, end - start
@@ -176,6 +185,9 @@ class Stopwatch:
             "ms_per_step": 1000 * seconds / steps,
             "losses": [round(loss.item(), 4) for loss in self.losses],
         }
+        if self.copies:  # tried before and after the timed steps
+            found["copy_seconds"] = self.copies
+            found["copy_share"] = 1000 * statistics.mean(self.copies) / found["ms_per_step"]
         if self.kernels:
             busy = sum(ms for ms, _ in self.kernels.values())
             update = sum(self.kernels.get(name, (0, 0))[0] for name in UPDATE_KERNELS)
@@ -207,7 +219,7 @@ def activations_gib(config, rows, length):
     return 2 * tokens * (kept + inside) / common.GIB
 
 
-def ledger(summary, config, length, context):
+def ledger(summary, config, length, context, buffers):
     """{part: GiB} of the card at the training phase's peak, and what of it is not explained, as a share."""
     peak = summary["memory_gib"]["train"]
     parts = {name: gib for name, gib in summary["ledger_gib"].items() if name != "the rest"}
@@ -218,6 +230,8 @@ def ledger(summary, config, length, context):
         parts["the tied weight's other gradient"] = parts["largest gradient"]
     else:
         parts["activations"] = activations
+    if buffers:
+        parts["buffers of a streamed head"] = buffers
     parts["CUDA context and graphs"] = context
     parts["the allocator's slack"] = peak["reserved"] - peak["allocated"]
     rest = peak["device"] - sum(parts.values())
@@ -228,9 +242,13 @@ def worker(name, args):
     """Run one case in this process; print its result as the last line."""
     script, shape, flags, (before, timed, profiled), card = ALL_CASES[name]
     module = __import__(script)
-    stopwatch = Stopwatch(before, timed, profiled)
+    placed = []
+    seconds_of_copies = lambda: module.seconds_of_copies(placed[-1].layers, placed[-1].head)  # noqa: E731
+    stopwatch = Stopwatch(before, timed, profiled, seconds_of_copies if name in BUDGETS else None)
     common.save_checkpoint = lambda *args: None
     if script == "finetune_lowmem":
+        place = module.place
+        module.place = lambda *args: placed.append(place(*args)) or placed[-1]
         module.GRAPHS_PAY = 0  # as in a run of 65 steps or more
         plain = "not compiled" in name or name in BUDGETS  # otherwise as in a run of 8,000 steps or more
         module.COMPILING_PAYS = 10**9 if plain else 0
@@ -275,7 +293,10 @@ def worker(name, args):
     if stopwatch.context is not None and script == "finetune_lowmem":
         from transformers import LlamaConfig
 
-        result["ledger_gib"] = ledger(summary, LlamaConfig(**SHAPES[shape]), stopwatch.longest, stopwatch.context)
+        buffers = getattr(placed[-1].head, "buffers", None)
+        buffers = 0 if buffers is None else buffers.nbytes / common.GIB
+        config = LlamaConfig(**SHAPES[shape])
+        result["ledger_gib"] = ledger(summary, config, stopwatch.longest, stopwatch.context, buffers)
     print("\n" + json.dumps(result))
 
 
@@ -392,8 +413,6 @@ def main():
         r = json.loads(done.stdout.splitlines()[-1]) | {"whole_run_seconds": time.perf_counter() - began}
         if said := re.search(r"(\d+) of \d+ decoder layers on the GPU.*predicted peak ([\d.]+)", done.stdout):
             r |= {"layers_on_gpu": int(said[1]), "predicted_gib": float(said[2])}
-        if said := re.search(r"at least ([\d.]+) s a step for copies", done.stdout):
-            r |= {"copy_seconds": float(said[1]), "copy_share": float(said[1]) * 1000 / r["ms_per_step"]}
         found["cases"] = [c for c in found["cases"] if c["case"] != case] + [r]
         out.write_text(json.dumps(found, indent=1))
         train, evaluation = r["memory_gib"]["train"], r["memory_gib"]["eval"]
