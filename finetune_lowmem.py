@@ -281,14 +281,14 @@ class StreamedLayers:
 
 
 def seconds_of_copies(layers, head):
-    """What the copies of a step on a GPU take at least, by a trial between steps: of streamed layers and of a head."""
+    """[forward, head, backward]: what a step's copies on a GPU take at least, by a trial between steps."""
     if not layers.home:
-        return 0.0
+        return [0.0, 0.0, 0.0]
     come = (layers.copies.fetching, layers.slots[0], layers.home[0])
     (alone,), (both, go) = _seconds(come), _seconds(come, (layers.copies.sending, layers.home[1], layers.slots[1]))
     fetched = len(layers.home) - len(layers.slots)
     heads = head.weight.nbytes / len(layers.home[0]) if isinstance(head, StreamedHead) else 0
-    return (fetched + heads) * alone + max(fetched * both, len(layers.home) * go)
+    return [fetched * alone, heads * alone, max(fetched * both, len(layers.home) * go)]
 
 
 def _seconds(*copies):
@@ -390,11 +390,14 @@ def _product(x, weight):
 
 @dataclass
 class Plan:
-    """How many decoder layers stream and whether the head does; the predicted peak of the card, in bytes, if any."""
+    """How many decoder layers stream and whether the head does. Predicted on a GPU: `peak`, bytes of the card; `work`,
+    seconds of [forward, head, backward] in a step on the largest batch, copies of layers not counted.
+    """
 
     streamed: int
     head_streams: bool
     peak: int | None = None
+    work: list | None = None
 
 
 @dataclass
@@ -487,7 +490,8 @@ def choose_plan(model, trained, batches, graphs, budget, memory, device):
         handles = update_in_backward(optimizer, {p: p for p in optimizer.group_of})
         memory.start("load")  # samples, then resets the allocator's peak
         with common.refuse_what_fails(model):
-            training_loss(model, placed.head, train.to(device)).backward()
+            seconds_of_work(model, placed.head, train.to(device))  # the first time kernels are loaded too
+            forward, loss, backward = seconds_of_work(model, placed.head, train.to(device))
             with torch.no_grad():
                 common.target_log_probs(model, placed.head, evaluation.to(device), precision)
         placed.copies.settle()
@@ -510,9 +514,31 @@ def choose_plan(model, trained, batches, graphs, budget, memory, device):
     rest += (len(layers) - len(few)) * train.ids.numel() * width * output.weight.itemsize
     more = output.weight.nbytes - placed.head.buffers.nbytes if can_stream else None
     plan = plan_within(budget, rest, len(alike), layer, more)
+    deeper = len(layers) / len(few)
+    plan.work = [deeper * forward, loss, deeper * backward]
     outside += plan.streamed * layer // PAGES
     torch.cuda.set_per_process_memory_fraction(min(1.0, (budget - outside) / total))
     return plan
+
+
+def seconds_of_work(model, head, batch):
+    """[forward, head, backward]: seconds that the GPU works on these parts of a step on the batch."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+    torch.cuda._sleep(2**28)  # 0.15 s, in which the host gets ahead: the GPU then never waits for it
+    events[0].record()
+    with precision():
+        hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    events[1].record()
+    hidden.register_hook(lambda _: events[2].record())
+    target_loss(head, hidden.flatten(0, 1)[batch.positions], batch.targets, batch.weights).backward()
+    events[3].record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1000 for start, end in pairwise(events)]
+
+
+def predicted_seconds(work, copies, share):
+    """Seconds of a step: in each part the slower of the GPU's work, on `share` of the largest batch, and the copies."""
+    return sum(max(share * a, b) for a, b in zip(work, copies, strict=True))
 
 
 @contextmanager
@@ -753,16 +779,22 @@ def _names_in_graph(loss):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def print_plan(plan, placed, depth, budget):
-    """Print what was chosen for the GPU's memory, before the first step of a model with `depth` layers."""
+def print_plan(plan, placed, depth, budget, share):
+    """Print what was chosen for the GPU's memory, before the first step of a model with `depth` layers.
+
+    share: tokens of a mean training batch in those of the largest; 0 if nothing is trained.
+    """
     words = [f"{depth - plan.streamed} of {depth} decoder layers on the GPU"]
     if plan.streamed:
         words += [f"{plan.streamed} streamed through {SLOTS} slots"]
     if plan.head_streams:
         words += ["the head streamed"]
-    if plan.streamed:
-        words += [f"at least {seconds_of_copies(placed.layers, placed.head):.3f} s a step for copies"]
-    print(", ".join(words) + f"; predicted peak {plan.peak / common.GIB:.2f} GiB of {budget / common.GIB:.2f}")
+    words = [", ".join(words), f"predicted peak {plan.peak / common.GIB:.2f} GiB of {budget / common.GIB:.2f}"]
+    if share:
+        copies = seconds_of_copies(placed.layers, placed.head)
+        words += [f"about {predicted_seconds(plan.work, copies, share):.3f} s of the GPU a step"]
+        words[-1] += f", copies alone {sum(copies):.3f}" * (plan.streamed > 0)
+    print("; ".join(words))
 
 
 def parse(argv):
@@ -800,7 +832,9 @@ def load(args, data, limit, memory, device):
     plan = choose_plan(model, trained, batches, graphs, int(budget), memory, device)
     placed = place(model, plan, device)
     if device.type == "cuda":
-        print_plan(plan, placed, len(common.decoder_layers(model)), budget)
+        padded = [max(common.padded_lengths([s], PAD_TO, limit)) for s in data[0]]
+        share = statistics.mean(padded) / max(padded) if padded else 0
+        print_plan(plan, placed, len(common.decoder_layers(model)), budget, share)
     return model, trained, placed, tokens if plan.streamed else 1024
 
 

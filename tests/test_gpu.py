@@ -118,6 +118,7 @@ def test_a_streamed_run_keeps_its_budget_and_learns_what_a_resident_one_does(run
         summary, said = go(name, "--memory_budget", budget, *flags)
         assert f"{on_gpu} of 6 decoder layers on the GPU, {6 - on_gpu} streamed through 2 slots" in said
         predicted = float(re.search(r"predicted peak ([\d.]+)", said)[1])
+        assert ("s of the GPU a step, copies alone" in said) == (0 not in flags)
         assert max(phase["device"] for phase in summary["memory_gib"].values()) <= predicted + 0.005 <= budget + 0.01
         if "--resume" in flags:
             assert summary["steps"] == 30

@@ -209,6 +209,10 @@ def test_a_plan_of_so_few_layers_that_none_streams():
         assert finetune_lowmem.plan_within(100, 50, layers, 10, 60) == finetune_lowmem.Plan(0, True, 50 + 10 * layers)
 
 
+def test_a_steps_predicted_time_is_the_slower_of_work_and_copies_in_each_part():
+    assert finetune_lowmem.predicted_seconds([2, 6, 8], [3, 1, 2], share=0.5) == 3 + 3 + 4
+
+
 def test_a_batch_size_above_the_number_of_rows_means_all_of_them(run):  # noqa: F811
     whole, _ = run("finetune_lowmem", "whole", "--batch_size", 10**12, "--epochs", 1)
     assert whole["steps"] == 1

@@ -173,7 +173,7 @@ class Stopwatch:
                 self.kernels[event.key] = (event.device_time_total / 1000 / self.profiled, event.count / self.profiled)
 
     def _try_copies(self):
-        if self.seconds_of_copies and (seconds := self.seconds_of_copies()):
+        if self.seconds_of_copies and (seconds := sum(self.seconds_of_copies())):
             self.copies.append(seconds)
 
     def result(self):
@@ -397,7 +397,7 @@ def main():
         print(kernels, flush=True)
         out.write_text(json.dumps(found, indent=1))
     print(
-        f"{'':48}{'batch':>6}{'allocated':>10}{'reserved':>9}{'device':>8}{'(eval)':>8}{'rows/s':>8}{'ms/step':>8}{'busy':>7}{'ratio':>6}{'first':>6}{'planned':>8}{'copy':>6}"
+        f"{'':48}{'batch':>6}{'allocated':>10}{'reserved':>9}{'device':>8}{'(eval)':>8}{'rows/s':>8}{'ms/step':>8}{'busy':>7}{'ratio':>6}{'first':>6}{'planned':>8}{'ms':>7}{'copy':>6}"
     )
     for case in [name for name in args.only if name != "kernels"]:
         began = time.perf_counter()
@@ -411,8 +411,10 @@ def main():
             out.write_text(json.dumps(found, indent=1))
             continue
         r = json.loads(done.stdout.splitlines()[-1]) | {"whole_run_seconds": time.perf_counter() - began}
-        if said := re.search(r"(\d+) of \d+ decoder layers on the GPU.*predicted peak ([\d.]+)", done.stdout):
-            r |= {"layers_on_gpu": int(said[1]), "predicted_gib": float(said[2])}
+        if said := re.search(
+            r"(\d+) of \d+ decoder layers on the GPU.*predicted peak ([\d.]+).*about ([\d.]+) s", done.stdout
+        ):
+            r |= {"layers_on_gpu": int(said[1]), "predicted_gib": float(said[2]), "predicted_seconds": float(said[3])}
         found["cases"] = [c for c in found["cases"] if c["case"] != case] + [r]
         out.write_text(json.dumps(found, indent=1))
         train, evaluation = r["memory_gib"]["train"], r["memory_gib"]["eval"]
@@ -420,7 +422,7 @@ def main():
             f"{case:<48}{r['batch_size']:>6}{train['allocated']:>10.2f}{train['reserved']:>9.2f}{train['device']:>8.2f}"
             f"{evaluation['device']:>8.2f}{r['rows_per_second']:>8.1f}{r['ms_per_step']:>8.1f}{r.get('busy_ms_per_step', 0):>7.1f}"
             f"{r.get('wall_over_busy', 0):>6.2f}{r['seconds_to_first_step']:>6.0f}"
-            f"{r.get('predicted_gib', 0):>8.2f}{r.get('copy_share', 0):>6.2f}",
+            f"{r.get('predicted_gib', 0):>8.2f}{1000 * r.get('predicted_seconds', 0):>7.1f}{r.get('copy_share', 0):>6.2f}",
             flush=True,
         )
     print(*loss_differences(found["cases"]), *update_shares(found), sep="\n")
