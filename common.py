@@ -43,6 +43,7 @@ except ImportError:  # comes with PyTorch's builds for GPUs, and only a GPU's ke
 
 IGNORE = -100  # label of a position that is not trained: F.cross_entropy's default ignore_index
 GIB = 2**30
+LOGITS = 2**23  # that exist at once, of fp32: 32 MiB
 CONTROL_GROUPS, OWN_CONTROL_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -439,9 +440,9 @@ class Head:
             logits = logits + bias.float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def pieces(self, *tensors):
-        """Each of the tensors [n, ...] in pieces; the fp32 logits of a piece take at most 32 MiB."""
-        size = max(1, 2**23 // self.weight.shape[0])
+    def pieces(self, *tensors, rows=None):
+        """Each of the tensors [n, ...] in pieces of few logits, of `rows` rows of the head if not of all."""
+        size = max(1, LOGITS // (rows or self.weight.shape[0]))
         return [tensor.split(size) for tensor in tensors]
 
     def log_probs(self, hidden, targets):

@@ -150,9 +150,13 @@ class Copies:
         self.fetching, self.sending = self.backend.Stream(), self.backend.Stream()
         self.arrived, self.busy = {}, set()
 
-    def fetch(self, target, source, key, after=None):
-        """Copy to the device once `after` (None: what has been launched) is done; `wait(key)` waits for its arrival."""
-        self.fetching.wait_stream(after or self.backend.current_stream())
+    def fetch(self, target, source, key, at_once=False):
+        """Copy to the device, after all that is being sent and, unless `at_once`, all else that has been launched;
+        `wait(key)` waits for its arrival.
+        """
+        self.fetching.wait_stream(self.sending)
+        if not at_once:
+            self.fetching.wait_stream(self.backend.current_stream())
         with self.backend.stream(self.fetching):
             target.copy_(source, non_blocking=True)
             self.arrived[key] = self.fetching.record_event()
@@ -264,10 +268,10 @@ class StreamedLayers:
         elif not torch.is_grad_enabled() and i >= len(self.slots):  # evaluation ends: back to what forward needs first
             self._fetch(i % len(self.slots))
 
-    def _fetch(self, i, k=None, after=None):
+    def _fetch(self, i, k=None, at_once=False):
         """Fetch layer i, or its part k alone."""
         bytes_, parts = (slice(None), range(len(self.parts))) if k is None else (self.parts[k], [k])
-        self.copies.fetch(self._slot(i)[bytes_], self.home[i][bytes_], key=i, after=after)
+        self.copies.fetch(self._slot(i)[bytes_], self.home[i][bytes_], key=i, at_once=at_once)
         for part in parts:
             self.holds[i % len(self.slots)][part] = i
 
@@ -277,18 +281,20 @@ class StreamedLayers:
             i, k = self.place_of[p]
             self.copies.send(self.home[i][self.parts[k]], self._slot(i)[self.parts[k]])
             if i >= len(self.slots):
-                self._fetch(i - len(self.slots), k, after=self.copies.sending)
+                self._fetch(i - len(self.slots), k, at_once=True)  # once it is sent
 
 
 def seconds_of_copies(layers, head):
-    """[forward, head, backward]: what a step's copies on a GPU take at least, by a trial between steps."""
-    if not layers.home:
-        return [0.0, 0.0, 0.0]
-    come = (layers.copies.fetching, layers.slots[0], layers.home[0])
-    (alone,), (both, go) = _seconds(come), _seconds(come, (layers.copies.sending, layers.home[1], layers.slots[1]))
-    fetched = len(layers.home) - len(layers.slots)
-    heads = head.weight.nbytes / len(layers.home[0]) if isinstance(head, StreamedHead) else 0
-    return [fetched * alone, heads * alone, max(fetched * both, len(layers.home) * go)]
+    """[forward, loss, backward]: what a step's copies on a GPU take at least, by a trial between steps."""
+    forward, loss, backward = 0.0, 0.0, 0.0
+    if layers.home:
+        come = (layers.copies.fetching, layers.slots[0], layers.home[0])
+        (alone,), (both, go) = _seconds(come), _seconds(come, (layers.copies.sending, layers.home[1], layers.slots[1]))
+        fetched = len(layers.home) - len(layers.slots)
+        forward, backward = fetched * alone, max(fetched * both, len(layers.home) * go)
+    if isinstance(head, StreamedHead):
+        loss = len(head.parts) * _seconds((head.copies.fetching, *head.piece(0)))[0]
+    return [forward, loss, backward]
 
 
 def _seconds(*copies):
@@ -327,17 +333,18 @@ class StreamedHead(common.Head):
         for k in range(2):
             self._fetch(k)
 
-    def _buffer(self, k):
-        return self.buffers[k % 2, : self.parts[k].stop - self.parts[k].start]
+    def piece(self, k):
+        """(where piece k is on the device when it has been fetched, where it is in host memory)."""
+        return self.buffers[k % 2, : self.parts[k].stop - self.parts[k].start], self.weight.data[self.parts[k]]
 
     def _fetch(self, k):
-        self.copies.fetch(self._buffer(k), self.weight.data[self.parts[k]], key=("head", k % 2))
+        self.copies.fetch(*self.piece(k), key=("head", k % 2))
 
     def weight_pieces(self):
         """Yield (slice of the vocabulary, its weights on the device, its bias or None); each is used up by the next."""
         for k, part in enumerate(self.parts):
             self.copies.wait(("head", k % 2))
-            yield part, self._buffer(k), None if self.bias is None else self.bias[part]
+            yield part, self.piece(k)[0], None if self.bias is None else self.bias[part]
             self._fetch((k + 2) % len(self.parts))
 
     def logits(self, hidden):
@@ -356,29 +363,49 @@ class _StreamedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, targets, head):
-        top = hidden.new_full((len(targets), 1), -math.inf, dtype=torch.float32)
-        total, of_target, mean, towards = 0.0, 0.0, 0.0, 0.0
-        for part, weight, bias in head.weight_pieces():
-            logits = common.Head.logits(head, hidden, weight, bias)
-            new_top = torch.maximum(top, logits.amax(1, keepdim=True))
-            shrink, e = (top - new_top).exp(), (logits - new_top).exp()
-            at = (targets - part.start).clamp(0, len(weight) - 1)[:, None]
-            here = ((targets >= part.start) & (targets < part.stop))[:, None]
-            total = total * shrink + e.sum(1, keepdim=True)
-            of_target = of_target + here * logits.gather(1, at)
-            if ctx.needs_input_grad[0]:
-                slope = 1 if head.softcap is None else 1 - (logits / head.softcap).square()
-                mean = mean * shrink + _product(e * slope, weight)
-                slope = slope if head.softcap is None else slope.gather(1, at)
-                towards = towards + here * slope * weight[at[:, 0]].float()
-            top = new_top
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward((head.scale * (towards - mean / total)).to(hidden.dtype))
-        return (of_target - top - total.log()).squeeze(1)
+        needed = ctx.needs_input_grad[0]
+        some = head.pieces(hidden, targets, rows=head.buffers.shape[1])
+        runs = [_RunningSoftmax(head, *pair, needed) for pair in zip(*some, strict=True)]
+        for piece in head.weight_pieces():
+            for run in runs:
+                run.add(*piece)
+        if needed:
+            ctx.save_for_backward(torch.cat([run.gradient() for run in runs]))
+        return torch.cat([run.log_probs() for run in runs])
 
     @staticmethod
     def backward(ctx, grad):
         return (grad[:, None] * ctx.saved_tensors[0]).to(ctx.saved_tensors[0].dtype), None, None
+
+
+class _RunningSoftmax:
+    """What the pieces of a head so far tell of the log-probabilities of targets [n] after hidden [n, width]."""
+
+    def __init__(self, head, hidden, targets, needs_gradient):
+        self.head, self.hidden, self.targets, self.needs_gradient = head, hidden, targets, needs_gradient
+        self.top = hidden.new_full((len(targets), 1), -math.inf, dtype=torch.float32)
+        self.total, self.of_target, self.mean, self.towards = 0.0, 0.0, 0.0, 0.0
+
+    def add(self, part, weight, bias):
+        head = self.head
+        logits = common.Head.logits(head, self.hidden, weight, bias)
+        new_top = torch.maximum(self.top, logits.amax(1, keepdim=True))
+        shrink, e = (self.top - new_top).exp(), (logits - new_top).exp()
+        at = (self.targets - part.start).clamp(0, len(weight) - 1)[:, None]
+        here = ((self.targets >= part.start) & (self.targets < part.stop))[:, None]
+        self.top, self.total = new_top, self.total * shrink + e.sum(1, keepdim=True)
+        self.of_target = self.of_target + here * logits.gather(1, at)
+        if self.needs_gradient:
+            slope = 1 if head.softcap is None else 1 - (logits / head.softcap).square()
+            self.mean = self.mean * shrink + _product(e * slope, weight)
+            slope = slope if head.softcap is None else slope.gather(1, at)
+            self.towards = self.towards + here * slope * weight[at[:, 0]].float()
+
+    def log_probs(self):
+        return (self.of_target - self.top - self.total.log()).squeeze(1)
+
+    def gradient(self):
+        return (self.head.scale * (self.towards - self.mean / self.total)).to(self.hidden.dtype)
 
 
 def _product(x, weight):
@@ -391,7 +418,7 @@ def _product(x, weight):
 @dataclass
 class Plan:
     """How many decoder layers stream and whether the head does. Predicted on a GPU: `peak`, bytes of the card; `work`,
-    seconds of [forward, head, backward] in a step on the largest batch, copies of layers not counted.
+    seconds of [forward, loss, backward] in a step on the largest batch, no layer streamed, the head if it can.
     """
 
     streamed: int
@@ -430,17 +457,18 @@ def place(model, plan, device):
 
 
 def layers_alike(model):
-    """The decoder layers that can stream: with parameters like the last one's, and none that another layer has too.
+    """The decoder layers that can stream: the largest group with parameters alike, none of which another layer has too.
 
     Others, as a first layer without experts, stay.
     """
     layers = common.decoder_layers(model)
     uses = Counter(p for layer in layers for p in layer.parameters())
     shapes = [[(p.shape, p.dtype) for p in layer.parameters()] for layer in layers]
+    group = max(shapes, key=lambda own: shapes.count(own) * sum(shape.numel() for shape, _ in own))
     return [
         layer
         for layer, own in zip(layers, shapes, strict=True)
-        if own == shapes[-1] and all(uses[p] == 1 for p in layer.parameters())
+        if own == group and all(uses[p] == 1 for p in layer.parameters())
     ]
 
 
@@ -460,7 +488,7 @@ def plan_within(budget, rest, layers, layer, head):
     if least > budget:
         raise common.UserError(
             f"{budget / common.GIB:.2f} GiB of GPU memory are too few: at this --batch_size the model needs "
-            f"{math.ceil(100 * least / common.GIB) / 100:.2f} with all its layers streamed (--memory_budget)"
+            f"{math.ceil(100 * least / common.GIB) / 100:.2f} with all streamed that can be (--memory_budget)"
         )
     more = (budget - least) // layer
     return Plan(layers - more, head is not None, least + more * layer)
@@ -522,7 +550,7 @@ def choose_plan(model, trained, batches, graphs, budget, memory, device):
 
 
 def seconds_of_work(model, head, batch):
-    """[forward, head, backward]: seconds that the GPU works on these parts of a step on the batch."""
+    """[forward, loss, backward]: seconds that the GPU works on these parts of a step on the batch."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
     torch.cuda._sleep(2**28)  # 0.15 s, in which the host gets ahead: the GPU then never waits for it
     events[0].record()
@@ -575,7 +603,7 @@ def check_host_memory(name, budget):
             )
         return
     slots = SLOTS * common.size_in_bytes(common.decoder_layers(model)[-1].parameters())
-    if size > budget and size - max(0, budget - 2**29 - slots) > free:
+    if size - max(0, budget - 2**29 - slots) > free:
         raise common.UserError(
             f"{name} takes {size / common.GIB:.1f} GiB in bf16: {budget / common.GIB:.1f} GiB of the GPU and "
             f"{free / common.GIB:.1f} of free host memory are too little; close other programs, or take a smaller model"
@@ -828,7 +856,7 @@ def load(args, data, limit, memory, device):
     lengths = [common.padded_lengths(sequences, PAD_TO, limit) for sequences in (data[0], evaluated)]
     tokens = max(1024, 2 * largest.ids.numel(), max(lengths[1]))
     batches = largest, common.largest_batch(evaluated, tokens // max(lengths[1]), PAD_TO, limit)
-    graphs = 0 if args.no_compile else sum(map(len, lengths))
+    graphs = sum(map(len, lengths)) if not args.no_compile and graphs_pay(args, data, 1024) else 0
     plan = choose_plan(model, trained, batches, graphs, int(budget), memory, device)
     placed = place(model, plan, device)
     if device.type == "cuda":
@@ -838,10 +866,15 @@ def load(args, data, limit, memory, device):
     return model, trained, placed, tokens if plan.streamed else 1024
 
 
+def graphs_pay(args, data, eval_tokens):
+    steps, evaluations = common.planned_work(args, data, eval_tokens)
+    return steps + evaluations / 3 >= GRAPHS_PAY
+
+
 def as_graphs(step, log_probs_of, model, optimizer, args, data, limit, eval_tokens, device):
     """(step, log_probs_of) as CUDA graphs, the layers compiled, as far as that pays; None if it does not pay at all."""
     steps, evaluations = common.planned_work(args, data, eval_tokens)
-    if steps + evaluations / 3 < GRAPHS_PAY:
+    if not graphs_pay(args, data, eval_tokens):
         print(f"{steps} steps and {evaluations} evaluation batches are too few for CUDA graphs to pay: as --no_compile")
         return None
     if steps >= COMPILING_PAYS:
@@ -856,10 +889,10 @@ def as_graphs(step, log_probs_of, model, optimizer, args, data, limit, eval_toke
 
 def main(argv=None):
     args = parse(argv)
+    if args.memory_budget and not torch.cuda.is_available():
+        raise common.UserError("--memory_budget is for a GPU, and there is none here: leave it out")
     device = common.set_up(args)
     on_gpu = device.type == "cuda"
-    if args.memory_budget and not on_gpu:
-        raise common.UserError("--memory_budget is for a GPU, and there is none here: leave it out")
     if on_gpu:
         shrink_context()
     memory = common.Memory(device)

@@ -97,15 +97,24 @@ def test_a_budget_that_is_too_small_names_one_that_works(run):
     assert max(phase["device"] for phase in summary["memory_gib"].values()) <= least
 
 
-def test_a_streamed_run_keeps_its_budget_and_learns_what_a_resident_one_does(run, tmp_path, tokenizer):
-    """Six layers of 32 MiB; some stream, then others after a new start, then all for an evaluation alone."""
+@pytest.fixture
+def run_wide(run, tmp_path, tokenizer):
+    """run_wide(name, *flags, ends=0): `run` on a model of six layers of 32 MiB."""
     model = tmp_path / "wide"
     wide = {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 256, "num_hidden_layers": 6}
     make_model("llama", **wide).bfloat16().save_pretrained(model)
     tokenizer.save_pretrained(model)
-    go = lambda *flags, **how: run(*flags, "--lr", "1e-3", model=model, **how)  # noqa: E731
-    least = float(re.search(r"needs ([\d.]+) with all", go("small", "--memory_budget", 0.2, ends=2))[1])
-    resident, said = go("resident", "--epochs", 2)
+    return lambda *flags, **how: run(*flags, "--lr", "1e-3", model=model, **how)
+
+
+def least_budget(run_wide, *flags):
+    return float(re.search(r"needs ([\d.]+) with all", run_wide("small", "--memory_budget", 0.2, *flags, ends=2))[1])
+
+
+def test_a_streamed_run_keeps_its_budget_and_learns_what_a_resident_one_does(run_wide):
+    """Some layers stream, then others after a new start, then all for an evaluation alone."""
+    least = least_budget(run_wide)
+    resident, said = run_wide("resident", "--epochs", 2)
     assert "6 of 6 decoder layers on the GPU; predicted" in said
     start, end = (resident["eval"][at]["gold_nll"] for at in (0, -1))
     assert end < 0.9 * start
@@ -115,12 +124,28 @@ def test_a_streamed_run_keeps_its_budget_and_learns_what_a_resident_one_does(run
         ("evaluated", ["--epochs", 0], 0, 0),
     ]:
         budget = round(least + more, 2)
-        summary, said = go(name, "--memory_budget", budget, *flags)
+        summary, said = run_wide(name, "--memory_budget", budget, *flags)
         assert f"{on_gpu} of 6 decoder layers on the GPU, {6 - on_gpu} streamed through 2 slots" in said
-        predicted = float(re.search(r"predicted peak ([\d.]+)", said)[1])
         assert ("s of the GPU a step, copies alone" in said) == (0 not in flags)
-        assert max(phase["device"] for phase in summary["memory_gib"].values()) <= predicted + 0.005 <= budget + 0.01
+        assert peak(summary) <= predicted_peak(said) + 0.005 <= budget + 0.01
         if "--resume" in flags:
             assert summary["steps"] == 30
             assert summary["eval"][-1]["gold_nll"] == pytest.approx(end, rel=0.1)
         assert summary["eval"][0]["gold_nll"] == pytest.approx(start, rel=0.01)
+
+
+def test_all_parameters_train_streamed(run_wide):
+    least = least_budget(run_wide, "--trained", "all")
+    summary, said = run_wide("all", "--trained", "all", "--epochs", 2, "--memory_budget", least)
+    assert "0 of 6 decoder layers on the GPU, 6 streamed through 2 slots" in said
+    assert "head" not in said.split("predicted")[0]
+    assert peak(summary) <= predicted_peak(said) + 0.005 <= least + 0.01
+    assert summary["eval"][-1]["gold_nll"] < 0.9 * summary["eval"][0]["gold_nll"]
+
+
+def peak(summary):
+    return max(phase["device"] for phase in summary["memory_gib"].values())
+
+
+def predicted_peak(said):
+    return float(re.search(r"predicted peak ([\d.]+)", said)[1])

@@ -248,7 +248,13 @@ def worker(name, args):
     common.save_checkpoint = lambda *args: None
     if script == "finetune_lowmem":
         place = module.place
-        module.place = lambda *args: placed.append(place(*args)) or placed[-1]
+
+        def last_placed(*args):
+            placed.clear()  # what is not held any more is freed
+            placed.append(place(*args))
+            return placed[0]
+
+        module.place = last_placed
         module.GRAPHS_PAY = 0  # as in a run of 65 steps or more
         plain = "not compiled" in name or name in BUDGETS  # otherwise as in a run of 8,000 steps or more
         module.COMPILING_PAYS = 10**9 if plain else 0
