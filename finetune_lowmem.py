@@ -154,7 +154,8 @@ class Copies:
         """Copy to the device, after all that is being sent and, unless `at_once`, all else that has been launched;
         `wait(key)` waits for its arrival.
         """
-        self.fetching.wait_stream(self.sending)
+        if self.sending in self.busy:  # a stream at rest is no part of a graph that is being captured
+            self.fetching.wait_stream(self.sending)
         if not at_once:
             self.fetching.wait_stream(self.backend.current_stream())
         with self.backend.stream(self.fetching):
