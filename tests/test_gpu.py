@@ -111,13 +111,16 @@ def least_budget(run_wide, *flags):
     return float(re.search(r"needs ([\d.]+) with all", run_wide("small", "--memory_budget", 0.2, *flags, ends=2))[1])
 
 
-def test_a_streamed_run_keeps_its_budget_and_learns_what_a_resident_one_does(run_wide):
-    """Some layers stream, then others after a new start, then all for an evaluation alone."""
+def test_a_streamed_run_keeps_its_budget_and_learns(run_wide):
+    """Some layers stream, then others after a new start, then all for an evaluation alone.
+
+    Resident runs on a CPU that differ in the rounding's seed alone end at 29, 32 and 37 nats, from 59.
+    """
     least = least_budget(run_wide)
     resident, said = run_wide("resident", "--epochs", 2)
     assert "6 of 6 decoder layers on the GPU; predicted" in said
     start, end = (resident["eval"][at]["gold_nll"] for at in (0, -1))
-    assert end < 0.9 * start
+    assert end < 0.8 * start
     for name, flags, more, on_gpu in [
         ("parts", ["--epochs", 2, "--max_steps", 20], 0.1, 3),
         ("parts", ["--epochs", 2, "--resume"], 0.04, 1),
@@ -130,7 +133,7 @@ def test_a_streamed_run_keeps_its_budget_and_learns_what_a_resident_one_does(run
         assert peak(summary) <= predicted_peak(said) + 0.005 <= budget + 0.01
         if "--resume" in flags:
             assert summary["steps"] == 30
-            assert summary["eval"][-1]["gold_nll"] == pytest.approx(end, rel=0.1)
+            assert summary["eval"][-1]["gold_nll"] < 0.8 * start
         assert summary["eval"][0]["gold_nll"] == pytest.approx(start, rel=0.01)
 
 
@@ -140,7 +143,7 @@ def test_all_parameters_train_streamed(run_wide):
     assert "0 of 6 decoder layers on the GPU, 6 streamed through 2 slots" in said
     assert "head" not in said.split("predicted")[0]
     assert peak(summary) <= predicted_peak(said) + 0.005 <= least + 0.01
-    assert summary["eval"][-1]["gold_nll"] < 0.9 * summary["eval"][0]["gold_nll"]
+    assert summary["eval"][-1]["gold_nll"] < 0.8 * summary["eval"][0]["gold_nll"]
 
 
 def peak(summary):
