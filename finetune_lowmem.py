@@ -465,7 +465,7 @@ def layers_alike(model):
     layers = common.decoder_layers(model)
     uses = Counter(p for layer in layers for p in layer.parameters())
     shapes = [[(p.shape, p.dtype) for p in layer.parameters()] for layer in layers]
-    group = max(shapes, key=lambda own: shapes.count(own) * sum(shape.numel() for shape, _ in own))
+    group = max(shapes, key=lambda own: shapes.count(own) * sum(shape.numel() for shape, _ in own), default=None)
     return [
         layer
         for layer, own in zip(layers, shapes, strict=True)
