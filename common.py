@@ -816,11 +816,16 @@ def batch_order(lengths, batch_size, seed, epoch):
 # Evaluation
 
 
-def target_log_probs(model, head, batch, precision):
-    """fp32 [n]: log-probability of each target of the batch; logits are made for their positions only, in pieces."""
+def hidden_states(model, batch, precision):
+    """[n, width]: the last hidden state at the positions that predict the batch's n targets."""
     with precision():
         hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-    return head.log_probs(hidden.flatten(0, 1)[batch.positions], batch.targets)
+    return hidden.flatten(0, 1)[batch.positions]
+
+
+def target_log_probs(model, head, batch, precision):
+    """fp32 [n]: log-probability of each target of the batch; logits are made for their positions only, in pieces."""
+    return head.log_probs(hidden_states(model, batch, precision), batch.targets)
 
 
 @torch.no_grad()

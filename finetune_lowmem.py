@@ -81,9 +81,7 @@ def target_loss(head, hidden, targets, weights):
 
 def training_loss(model, head, batch):
     """Mean cross entropy over the batch's target tokens, from the hidden states that predict them."""
-    with precision():
-        hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-    return target_loss(head, hidden.flatten(0, 1)[batch.positions], batch.targets, batch.weights)
+    return target_loss(head, common.hidden_states(model, batch, precision), batch.targets, batch.weights)
 
 
 def update_in_backward(optimizer, trained, after=lambda p: None):
@@ -555,11 +553,10 @@ def seconds_of_work(model, head, batch):
     events = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
     torch.cuda._sleep(2**28)  # 0.15 s, in which the host gets ahead: the GPU then never waits for it
     events[0].record()
-    with precision():
-        hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    hidden = common.hidden_states(model, batch, precision)
     events[1].record()
     hidden.register_hook(lambda _: events[2].record())
-    target_loss(head, hidden.flatten(0, 1)[batch.positions], batch.targets, batch.weights).backward()
+    target_loss(head, hidden, batch.targets, batch.weights).backward()
     events[3].record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) / 1000 for start, end in pairwise(events)]
@@ -857,7 +854,7 @@ def load(args, data, limit, memory, device):
     lengths = [common.padded_lengths(sequences, PAD_TO, limit) for sequences in (data[0], evaluated)]
     tokens = max(1024, 2 * largest.ids.numel(), max(lengths[1]))
     batches = largest, common.largest_batch(evaluated, tokens // max(lengths[1]), PAD_TO, limit)
-    graphs = sum(map(len, lengths)) if not args.no_compile and graphs_pay(args, data, 1024) else 0
+    graphs = sum(map(len, lengths)) if not args.no_compile and graphs_pay(*common.planned_work(args, data, 1024)) else 0
     plan = choose_plan(model, trained, batches, graphs, int(budget), memory, device)
     placed = place(model, plan, device)
     if device.type == "cuda":
@@ -867,15 +864,14 @@ def load(args, data, limit, memory, device):
     return model, trained, placed, tokens if plan.streamed else 1024
 
 
-def graphs_pay(args, data, eval_tokens):
-    steps, evaluations = common.planned_work(args, data, eval_tokens)
+def graphs_pay(steps, evaluations):
     return steps + evaluations / 3 >= GRAPHS_PAY
 
 
 def as_graphs(step, log_probs_of, model, optimizer, args, data, limit, eval_tokens, device):
     """(step, log_probs_of) as CUDA graphs, the layers compiled, as far as that pays; None if it does not pay at all."""
     steps, evaluations = common.planned_work(args, data, eval_tokens)
-    if not graphs_pay(args, data, eval_tokens):
+    if not graphs_pay(steps, evaluations):
         print(f"{steps} steps and {evaluations} evaluation batches are too few for CUDA graphs to pay: as --no_compile")
         return None
     if steps >= COMPILING_PAYS:
