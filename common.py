@@ -6,6 +6,8 @@ evaluation; the Adafactor update and stochastic rounding; memory; checkpoints; t
 
 import argparse
 import ctypes
+import errno
+import fcntl
 import hashlib
 import importlib.util
 import inspect
@@ -17,13 +19,15 @@ import platform
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import weakref
 import zipfile
-from contextlib import contextmanager, nullcontext, suppress
+from array import array
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -55,25 +59,90 @@ class UserError(Exception):
     """A mistake the user can mend: one line that says what is wrong and what to do."""
 
 
-def run_command(main):
-    """Run `main()` as a command: a UserError ends in one line on stderr and exit code 2, Ctrl-C in exit code 130."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM ended the command."""
+
+
+class Ending:
+    """How the command ends before its time: what SIGINT and SIGTERM do, and how the last line says to go on.
+
+    The first signal raises Interrupted at once or, within `postponed()`, when `check()` is called: a step, its
+    checkpoint included, is never cut in two. The second ends the process on the spot.
+    """
+
+    def __init__(self):
+        self.signal, self.waits, self.go_on = None, False, "start the same command again"
+
+    @contextmanager
+    def listening(self):
+        before = {number: signal.signal(number, self._received) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _received(self, number, frame):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        if not self.waits:
+            raise Interrupted
+        os.write(2, b"\nstopping after this step, once it is saved; again: at once\n")  # print may be what it cut short
+
+    @contextmanager
+    def postponed(self):
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+
+    def check(self):
+        if self.signal:
+            raise Interrupted
+
+
+ending = Ending()  # the process has one
+
+
+def run_command(main, saves_memory="a smaller --batch_size (with another --run-name)"):
+    """Run `main()` as a command: what a user can mend ends in one line on stderr and exit code 2.
+
+    SIGINT and SIGTERM end in one line and exit codes 130 and 143. saves_memory: what to do where memory is too small.
+    """
     sys.stdout.reconfigure(line_buffering=True)  # in order with the progress bars, in a log file too
+    ending.__init__()
     try:
-        main()
+        with ending.listening():
+            main()
+    except Interrupted:
+        sys.exit(_fail(f"interrupted: {ending.go_on}", 128 + ending.signal))
     except UserError as error:
         sys.exit(_fail(f"error: {error}", 2))
-    except torch.OutOfMemoryError as error:
-        sys.exit(
-            _fail(
-                f"error: out of GPU memory, start again with a smaller --batch_size and another --run-name ({error})", 2
-            )
+    except Exception as error:
+        if missing := _out_of_memory(error):
+            sys.exit(_fail(f"error: {missing}; {ending.go_on}, with {saves_memory} if it happens again", 2))
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            sys.exit(_fail(f"error: the disk is full: make room; {ending.go_on}", 2))  # safetensors' own error too
+        raise
+
+
+def _out_of_memory(error):
+    """What was asked and what is free, if `error` says that memory ran out; or else None."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text:
+        size = r"([\d.]+ \w+)"
+        words = (f"Tried to allocate {size}", f"of which {size} is free", f"{size} allowed")
+        asked, free, allowed = (match and match[1] for match in (re.search(pattern, text) for pattern in words))
+        return f"out of GPU memory: {asked or 'more'} asked, {free or 'less'} free" + f", {allowed} allowed" * bool(
+            allowed
         )
-    except Exception as error:  # safetensors has an error of its own
-        if "No space left on device" not in str(error):
-            raise
-        sys.exit(_fail("error: the disk is full: make room; --resume goes on from the last checkpoint, if any", 2))
-    except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; once a run has its folder, --resume goes on from its last checkpoint", 130))
+    if isinstance(error, MemoryError) or re.search("can(no|')t allocate memory", text, re.IGNORECASE):
+        asked = re.search(r"tried to allocate (\d+) bytes|allocate ([\d.]+ \w+) for an array", text)
+        asked = "more" if not asked else asked[2] or f"{int(asked[1]) / GIB:.2f} GiB"
+        return f"out of host memory: {asked} asked, {free_host_memory() / GIB:.2f} GiB free"
+    return None
 
 
 def _fail(line, code):
@@ -118,12 +187,13 @@ def _run_name(text):
     return text
 
 
-def argument_parser(description, batch_size, lr, demo_lr, log_every):
+def argument_parser(script, description, batch_size, lr, demo_lr, log_every):
     """The flags that both scripts have; a script adds its own to the parser and hands it to `parse_arguments`."""
     parser = _Parser(
         description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add, parser.demo_defaults = parser.add, DEMO_DEFAULTS | {"lr": demo_lr}
+    parser.set_defaults(script=script)
     # What to train, on what
     add(
         "--run-name",
@@ -194,8 +264,10 @@ def parse_arguments(parser, argv=None):
     existing = next(p for p in [run_dir.resolve(), *run_dir.resolve().parents] if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"{run_dir} cannot be written: choose another --output_dir")
-    if args.resume and (checkpoint := last_checkpoint(run_dir)):
-        check_resume(args, checkpoint)
+    if args.resume:
+        with lock(run_dir):
+            if checkpoint := last_checkpoint(run_dir):
+                check_resume(args, checkpoint)
     return args
 
 
@@ -239,9 +311,17 @@ def _explain_loading(what, name):
         chain = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
             chain.append(cause)
-        text = " ".join(str(error).split())[:300]
+        text = " ".join(str(error).split())
+        if "trust_remote_code" in text:
+            raise UserError(
+                f"{what} {name} needs code of its own, which is never run here: choose a {what} that transformers knows"
+            ) from error
+        text = f"{type(error).__name__} {text}"[:300]
         if Path(name).exists():
-            raise UserError(f"{what} {name} cannot be loaded: {text}") from error
+            mend = ", or delete the folder and --demo fetches it again" * (Path(name).parent == cache_folder())
+            raise UserError(
+                f"{what} {name} cannot be loaded: its files are damaged or of another kind ({text}); get it again{mend}"
+            ) from error
         advice = "without an account, try --demo"
         if what == "model":
             advice = "Llama also needs an accepted licence and `hf auth login`; " + advice
@@ -260,7 +340,7 @@ def _explain_loading(what, name):
                 f"{what} {name}: no such folder here, and the hub cannot be reached or lacks it "
                 f"({type(chain[-1]).__name__}); {advice}"
             ) from error
-        raise UserError(f"{what} {name} cannot be loaded: {text}") from error
+        raise UserError(f"{what} {name} cannot be loaded ({text})") from error
 
 
 def check_model_folder(name):
@@ -285,8 +365,8 @@ def load_tokenizer(name):
 
     check_model_folder(name)
     with _explain_loading("model", name):
-        config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {name} has no EOS token, which training appends to each row: choose another model"
@@ -300,7 +380,7 @@ def load_model(name, dtype):
 
     with _explain_loading("model", name):
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     if missing := sorted(report["missing_keys"]):
         raise UserError(
@@ -317,9 +397,9 @@ def empty_model(name, dtype):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _explain_loading("model", name), torch.device("meta"):
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         stored = config.dtype  # which the next line changes
-        return AutoModelForCausalLM.from_config(config, dtype=dtype), stored
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False), stored
 
 
 class Fp32Products(TorchFunctionMode):
@@ -513,6 +593,10 @@ def check_head(model, head, batch, precision, losses):
             for gain in (1.0, 50 / max(head.logits(hidden).abs().max().item(), 1e-6)):  # noqa: B007 (the hook reads it)
                 logits = model(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)[batch.positions]
                 own = F.cross_entropy(logits.float(), targets).item()
+                if not math.isfinite(own):
+                    raise UserError(
+                        f"the model's own loss is {own}: its weights are damaged or too large; get it again"
+                    )
                 for name, loss in losses.items():
                     ours = loss(hidden * gain, targets).item()
                     if not abs(ours - own) <= 0.005 * max(1.0, abs(own)):
@@ -613,30 +697,31 @@ def load_rows(args, split):
             data = datasets.load_dataset(kind, data_files=str(files[0]), split="train")
         else:
             data = datasets.load_dataset(args.dataset, split=split)
+        rows = data.select(range(min(limit or len(data), len(data)))).to_list()
     needed = ("activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label")
     if missing := [name for name in needed if name not in data.column_names]:
         raise UserError(f"dataset {args.dataset}, split {split}, lacks the HellaSwag columns {', '.join(missing)}")
     if len(data) == 0:
         raise UserError(f"dataset {args.dataset}: split {split} is empty")
-    rows = data.select(range(min(limit or len(data), len(data)))).to_list()
-    for number, row in enumerate(rows):
-        where = f"dataset {args.dataset}, split {split}, row {number}"
-        if not all(isinstance(row[name], str) for name in needed[:4]):
-            raise UserError(f"{where}: activity_label, ctx_a, ctx_b and ctx must be strings")
-        if not (
-            isinstance(row["endings"], list)
-            and len(row["endings"]) == 4
-            and all(isinstance(e, str) for e in row["endings"])
-        ):
-            raise UserError(f"{where}: endings must be four strings")
-        if str(row["label"]) not in ("0", "1", "2", "3"):
-            raise UserError(
-                f"{where}: label {row['label']!r} is not 0, 1, 2 or 3 (HellaSwag's test split has none: use train and "
-                "validation)"
-            )
-        row["label"] = int(row["label"])
-        row["ind"] = row.get("ind", number)
-    return rows
+    return [check_row(row, number, f"dataset {args.dataset}, split {split}") for number, row in enumerate(rows)]
+
+
+def check_row(row, number, where):
+    """The row, a dict with HellaSwag's columns, with an int label, and an `ind` if it has none. Raises UserError."""
+    where, texts = f"{where}, row {number}", [row[name] for name in ("activity_label", "ctx_a", "ctx_b", "ctx")]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}: activity_label, ctx_a, ctx_b and ctx must be strings")
+    endings, label = row["endings"], row["label"]
+    if not (isinstance(endings, list) and len(endings) == 4 and all(isinstance(ending, str) for ending in endings)):
+        raise UserError(f"{where}: endings must be four strings")
+    if any("\0" in text for text in texts + endings):
+        raise UserError(f"{where} contains a NUL character: the file is damaged")
+    if str(label) not in ("0", "1", "2", "3"):
+        raise UserError(
+            f"{where}: label {str(label)[:40]!r} is not 0, 1, 2 or 3 (HellaSwag's test split has none: use train and "
+            "validation)"
+        )
+    return row | {"label": int(label), "ind": row.get("ind", number)}
 
 
 def _all_sequences(data):
@@ -655,16 +740,15 @@ def longest_sequence(data):
 
 
 def planned_work(args, data, tokens_per_batch):
-    """(training steps, evaluation batches) ahead of a run with these settings on (training sequences, evaluation rows).
+    """(training steps, evaluation batches) of a whole run with these settings on (training sequences, evaluation rows).
 
-    Evaluation batches as if full of `tokens_per_batch` tokens.
+    Evaluation batches as if full of `tokens_per_batch` tokens. A resumed run counts what is done too: what is chosen by
+    these numbers is then chosen again, and the run goes on with the same kernels.
     """
     train, validation = data
     steps = args.epochs * -(-len(train) // args.batch_size)
     tokens = sum(len(s.ids) for row in validation for s in row.sequences)
-    checkpoint = last_checkpoint(Path(args.output_dir) / args.run_name) if args.resume else None
-    done = json.loads((checkpoint / "state.json").read_text())["progress"]["step"] if checkpoint else 0
-    return max(0, min(steps, args.max_steps or steps) - done), (args.epochs + 1) * tokens // tokens_per_batch
+    return min(steps, args.max_steps or steps), (args.epochs + 1) * tokens // tokens_per_batch
 
 
 def load_data(args, tokenizer, limit):
@@ -674,16 +758,29 @@ def load_data(args, tokenizer, limit):
 
 
 def training_sequences(rows, tokenizer, text, limit):
-    """[Sequence] to train on: the right ending's ids and EOS after it are the targets; cut on the left at `limit`."""
+    """[Sequence] to train on: the right ending's ids and EOS after it are the targets; cut on the left at `limit`.
+
+    text: "harness" or "raw", see --train_text.
+    """
     pairs = []
     for row in rows:
         query, endings = harness_text(row) if text == "harness" else (row["ctx"], row["endings"])
         pairs.append((query, " " + endings[row["label"]]))
     sequences = []
     for context, continuation in _encode_with_bar(tokenizer, pairs, "tokenizing train"):
-        ids = (context + continuation + [tokenizer.eos_token_id])[-(limit + 1) :]
-        sequences.append(Sequence(ids, min(len(continuation) + 1, len(ids) - 1)))
-    return sequences
+        sequences.append(Sequence(context + continuation + [tokenizer.eos_token_id], len(continuation) + 1))
+    return _cut(sequences, limit, "train")
+
+
+def _cut(sequences, limit, split):
+    """The sequences cut on the left to the `limit` + 1 ids that a model of so many positions can use; says how many."""
+    cut = [Sequence(s.ids[-(limit + 1) :], min(s.targets, len(s.ids) - 1, limit)) for s in sequences]
+    if longer := sum(len(s.ids) > limit + 1 for s in sequences):
+        print(
+            f"{longer} of {len(cut)} sequences to {split} on are longer than the model's {limit} tokens: cut on the "
+            "left"
+        )
+    return cut
 
 
 def evaluation_rows(rows, tokenizer, limit):
@@ -692,19 +789,17 @@ def evaluation_rows(rows, tokenizer, limit):
     pairs = _encode_with_bar(
         tokenizer, [(query, " " + ending) for query, endings in texts for ending in endings], "tokenizing validation"
     )
-    result = []
     for number, (row, (_, endings)) in enumerate(zip(rows, texts, strict=True)):
-        sequences = [
-            Sequence((context + continuation)[-(limit + 1) :], len(continuation))
-            for context, continuation in pairs[4 * number : 4 * number + 4]
-        ]
-        if not all(endings) or not all(0 < s.targets < len(s.ids) for s in sequences):
+        if not all(endings) or not all(c and 0 < len(ids) <= limit for c, ids in pairs[4 * number : 4 * number + 4]):
             raise UserError(
                 f"validation row {number} (ind {row['ind']}) cannot be scored: "
                 f"each ending needs between 1 and {limit} tokens"
             )
-        result.append(EvalRow(row["ind"], row["label"], sequences, [len(ending) for ending in endings]))
-    return result
+    sequences = _cut([Sequence(context + ids, len(ids)) for context, ids in pairs], limit, "evaluate")
+    return [
+        EvalRow(row["ind"], row["label"], sequences[4 * at : 4 * at + 4], [len(ending) for ending in endings])
+        for at, (row, (_, endings)) in enumerate(zip(rows, texts, strict=True))
+    ]
 
 
 def _encode_with_bar(tokenizer, pairs, label, chunk=4000):
@@ -1231,6 +1326,33 @@ class Adafactor(torch.optim.Optimizer):
                     self.update(p)
 
 
+def guarded(optimizer_class):
+    """torch's own optimizer class as function(params, lr), with what `Adafactor` does by itself.
+
+    `step` leaves out each tensor whose gradient is not finite, it and its state, and counts it in `skipped`, an int64
+    scalar tensor. A gradient counts as not finite if the sum of its squares is not, in fp32: it would stay in Adam's
+    state for good. The host waits for the device once a step.
+    """
+
+    def make(params, lr):
+        optimizer = optimizer_class(params, lr=lr)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.skipped = torch.zeros((), dtype=torch.int64, device=params[0].device)
+
+        def leave_out(*_):
+            given = [p for p in params if p.grad is not None]
+            norms = torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in given])
+            for p, finite in zip(given, norms.square().isfinite().tolist(), strict=True):
+                if not finite:
+                    p.grad = None
+                    optimizer.skipped += 1
+
+        optimizer.register_step_pre_hook(leave_out)
+        return optimizer
+
+    return make
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
@@ -1344,6 +1466,7 @@ def size_in_bytes(tensors):
 # Checkpoints: <run>/checkpoint/step-<n>/, complete as soon as it has that name
 
 
+FORMAT = 1  # of a checkpoint; one of another format is refused
 SHARD = 2**30  # bytes of a checkpoint file, so that one shard at a time is copied to host memory
 MAY_DIFFER = {
     "run_name",
@@ -1365,40 +1488,149 @@ def last_checkpoint(run_dir):
     return steps[max(steps)] if steps else None
 
 
+@contextmanager
+def lock(run_dir):
+    """In this context no other process works on the run. Raises UserError if one does already."""
+    with open(Path(run_dir) / "metrics.jsonl", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is at work on {run_dir}: let it end, or take another --run-name"
+            ) from error
+        yield file
+
+
 def check_resume(args, folder):
-    """Refuse to go on from checkpoint `folder` with settings that change what is trained. Raises UserError."""
-    state = json.loads((folder / "state.json").read_text())
+    """Refuse to go on from a checkpoint that is damaged or of another format, or with settings that change what is
+    trained. Raises UserError.
+    """
+    state, run_dir = _whole_state(folder), folder.parents[1]
     saved, epoch = state["args"], state["progress"]["epoch"]
     if args.epochs < epoch:
-        raise UserError(f"--resume: {folder.parents[1]} is in epoch {epoch} already: --epochs must be at least that")
+        raise UserError(f"--resume: {run_dir} is in epoch {epoch} already: --epochs must be at least that")
     differing = [
-        f"--{k} {saved.get(k)} is now {v}" for k, v in vars(args).items() if k not in MAY_DIFFER and saved.get(k) != v
+        f"{'' if k == 'script' else '--'}{k} {saved.get(k)} is now {v}"
+        for k, v in vars(args).items()
+        if k not in MAY_DIFFER and saved.get(k) != v
     ]
     if differing:
-        raise UserError(f"--resume: {folder.parents[1]} was started with other settings: {'; '.join(differing)}")
+        raise UserError(f"--resume: {run_dir} was started with other settings: {'; '.join(differing)}")
 
 
-def save_checkpoint(run_dir, args, progress, trained, optimizer):
-    """Write weights, optimizer state, random states and progress beside the old checkpoint, then remove that."""
-    final = Path(run_dir) / "checkpoint" / f"step-{progress['step']}"
+def _whole_state(folder):
+    """state.json of a checkpoint whose files are all as they were saved. Raises UserError."""
+    damaged = UserError(
+        f"--resume: {folder} is damaged, its files are not those that were saved (`sha256sum -c {SUMS}` there names "
+        "them): bring them back, or start again with another --run-name"
+    )
+    try:
+        if (folder / SUMS).read_text() != _sums(folder):
+            raise damaged
+        state = json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise damaged from error
+    if state["format"] != FORMAT:
+        raise UserError(
+            f"--resume: {folder} has format {state['format']} where this version reads {FORMAT}: go on with the "
+            "version that wrote it, or start again with another --run-name"
+        )
+    return state
+
+
+def check_content(args, folder, found):
+    """Refuse to go on from a checkpoint with a model or data set whose `fingerprints` are not `found`.
+
+    Raises UserError.
+    """
+    before = json.loads((folder / "state.json").read_text())["fingerprints"]
+    if changed := [f"--{name} {getattr(args, name)}" for name in before if before[name] != found[name]]:
+        raise UserError(
+            f"--resume: {' and '.join(changed)} no longer holds what {folder.parents[1]} was started with: put that "
+            "back, or start again with another --run-name"
+        )
+
+
+def fingerprints(model, trained, data):
+    """{"model": ..., "dataset": ...}: what a resumed run must find again behind the same names, as short texts.
+
+    Of the model names, shapes and the sum of each weight's bits that no checkpoint holds; of the data all token ids.
+    """
+    model_hash, data_hash = hashlib.sha256(), hashlib.sha256()
+    for name, p in model.named_parameters():
+        frozen = 0 if name in trained else p.detach().reshape(-1).view(torch.int16).sum(dtype=torch.int64).item()
+        model_hash.update(repr((name, tuple(p.shape), frozen)).encode())
+    for s in _all_sequences(data):
+        data_hash.update(array("q", [s.targets, *s.ids]).tobytes())
+    return {"model": model_hash.hexdigest()[:16], "dataset": data_hash.hexdigest()[:16]}
+
+
+def need_space(folder, size, what):
+    """Raise UserError if `size` bytes for `what` do not fit on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"the disk is too full: {what} takes {size / GIB:.2f} GiB, and {free / GIB:.2f} are free for {folder}: "
+            f"make room; {ending.go_on}"
+        )
+
+
+def save_checkpoint(run_dir, state, metrics, trained, optimizer):
+    """Write weights, optimizer state, random states, metrics (bytes) and `state` beside the old checkpoint, then remove
+    that. At every instant one is whole and on the disk. Raises UserError if there is no room.
+    """
+    final = Path(run_dir) / "checkpoint" / f"step-{state['progress']['step']}"
     partial = final.with_name("partial")
     shutil.rmtree(partial, ignore_errors=True)
+    optimizer_state = {
+        f"{name}/{key}": value for name, p in trained.items() for key, value in optimizer.state.get(p, {}).items()
+    }
+    random_states = _random_states(optimizer)
+    size = size_in_bytes([*trained.values(), *optimizer_state.values(), *random_states.values()])
+    need_space(run_dir, size + len(metrics) + 2**20, "a checkpoint")  # 1 MiB: names, sums, file system
     partial.mkdir(parents=True)
-    state = (
-        (f"{name}/{key}", value) for name, p in trained.items() for key, value in optimizer.state.get(p, {}).items()
-    )
-    _save_shards(partial, "weights", trained.items())
-    _save_shards(partial, "optimizer", state)
-    _save_shards(partial, "random", _random_states(optimizer).items())
-    (partial / "state.json").write_text(json.dumps({"args": vars(args), "progress": progress}, indent=1))
+    _save_shards(partial, "weights", trained)
+    _save_shards(partial, "optimizer", optimizer_state)
+    _save_shards(partial, "random", random_states)
+    state = {"format": FORMAT, **state, "python_random": random.getstate()}
+    (partial / "state.json").write_text(json.dumps(state))
+    (partial / "metrics.jsonl").write_bytes(metrics)
+    (partial / SUMS).write_text(_sums(partial))
+    for path in [*partial.iterdir(), partial]:
+        _flush(path)
     partial.rename(final)
-    for old in final.parent.iterdir():
+    _flush(final.parent)
+    for old in final.parent.glob("step-*"):
         if old != final:
             shutil.rmtree(old)
 
 
+SUMS = "SHA256SUMS"  # as the command sha256sum writes and checks
+
+
+def _sums(folder):
+    lines = []
+    for file in sorted(folder.iterdir()):
+        if file.name != SUMS:
+            with open(file, "rb") as content:
+                sha256 = hashlib.sha256()
+                while chunk := content.read(2**22):
+                    sha256.update(chunk)
+            lines.append(f"{sha256.hexdigest()}  {file.name}\n")
+    return "".join(lines)
+
+
+def _flush(path):
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def load_checkpoint(folder, trained, optimizer):
-    """Restore what save_checkpoint wrote; return the progress. State keeps its dtype, unlike in load_state_dict."""
+    """Restore what save_checkpoint wrote; return (state, metrics). State keeps its dtype, unlike in load_state_dict."""
     with torch.no_grad():
         for name, value in _load_shards(folder, "weights"):
             trained[name].copy_(value)
@@ -1413,19 +1645,21 @@ def load_checkpoint(folder, trained, optimizer):
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-    if isinstance(optimizer, Adafactor):
-        optimizer.skipped.copy_(states["skipped"])
-        if (name := _rounding_name(optimizer)) in states:  # a run may go on on another kind of device, with other noise
-            optimizer.generator.set_state(states[name])
-    return json.loads((folder / "state.json").read_text())["progress"]
+    optimizer.skipped.copy_(states["skipped"])
+    if isinstance(optimizer, Adafactor) and (name := _rounding_name(optimizer)) in states:
+        optimizer.generator.set_state(states[name])  # a run may go on on another kind of device, with other noise
+    state = json.loads((folder / "state.json").read_text())
+    kind, numbers, rest = state["python_random"]
+    random.setstate((kind, tuple(numbers), rest))
+    return state, (folder / "metrics.jsonl").read_bytes()
 
 
 def _random_states(optimizer):
-    states = {"torch": torch.get_rng_state()}
+    states = {"torch": torch.get_rng_state(), "skipped": optimizer.skipped}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     if isinstance(optimizer, Adafactor):
-        states |= {_rounding_name(optimizer): optimizer.generator.get_state(), "skipped": optimizer.skipped}
+        states[_rounding_name(optimizer)] = optimizer.generator.get_state()
     return states
 
 
@@ -1437,7 +1671,7 @@ def _save_shards(folder, prefix, named):
     from safetensors.torch import save_file
 
     shard, number = {}, 0
-    for name, tensor in named:
+    for name, tensor in named.items():
         if shard and size_in_bytes([*shard.values(), tensor]) > SHARD:
             save_file(shard, folder / f"{prefix}-{number:05}.safetensors")
             shard, number = {}, number + 1
@@ -1457,8 +1691,13 @@ def _load_shards(folder, prefix):
 # The run: order of work, records, terminal
 
 
+BAD_STEPS = 20  # in a row, each with updates that were not finite, end a run
+
+
 class Run:
     """One training run: deals out batches, evaluates, writes `<output_dir>/<run-name>/`, and goes on where it stopped.
+
+    `optimizer.skipped`, an int64 scalar tensor on the device, counts the updates left out because they were not finite.
 
     The scripts' loop is `evaluate` once, then for each of `epochs()`: for each of `batches()`, a training step and
     `after_step`; then `evaluate`; at the very end `finish`. A checkpoint is written before an evaluation, never after,
@@ -1468,7 +1707,6 @@ class Run:
     def __init__(
         self,
         args,
-        script,
         *,
         model,
         tokenizer,
@@ -1489,9 +1727,7 @@ class Run:
         eval_tokens: tokens of an evaluation batch.
         at_home: context in which all weights can be read and written.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.args, self.script, self.model, self.tokenizer = args, script, model, tokenizer
+        self.args, self.model, self.tokenizer = args, model, tokenizer
         self.trained, self.optimizer, self.gradients, self.memory = trained, optimizer, gradients, memory
         (self.train, self.validation), self.limit, self.log_probs_of, self.pad_to = data, limit, log_probs_of, pad_to
         self.at_home, self.eval_tokens = at_home, eval_tokens
@@ -1504,35 +1740,57 @@ class Run:
             "tokens": 0,
             "target_tokens": 0,
             "train_seconds": 0.0,
-            "loss_sum": 0.0,
-            "loss_steps": 0,
-            "metrics_bytes": 0,
+            "losses": [0.0, 0.0],
             "eval": [],
         }
         self.dir = Path(args.output_dir) / args.run_name
-        self.dir.mkdir(parents=True, exist_ok=True)
-        seed_everything(args.seed)  # whatever loading and the start-up checks drew
         checkpoint = last_checkpoint(self.dir) if args.resume else None
+        self.state = {"args": vars(args), "fingerprints": fingerprints(model, trained, data)}
+        if checkpoint:
+            check_content(args, checkpoint, self.state["fingerprints"])
+        self._need_space(copies=1 if checkpoint else 2)
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.open = ExitStack()  # until the process ends
+        self.metrics = self.open.enter_context(lock(self.dir))
+        seed_everything(args.seed)  # whatever loading and the start-up checks drew
+        self.saved_step, self.checkpoint_due, metrics = None, False, b""
+        ending.go_on = "the same command with --resume starts from the beginning"
         if checkpoint:
             with at_home():
-                self.progress = load_checkpoint(checkpoint, trained, optimizer)
+                state, metrics = load_checkpoint(checkpoint, trained, optimizer)
+            self.progress = state["progress"]
+            self._is_saved()
             print(f"resuming after step {self.progress['step']}")
         elif args.resume:
             print("there is no checkpoint yet: starting from the beginning")
-        (self.dir / "config.json").write_text(json.dumps(vars(args), indent=1))
-        self.metrics = open(self.dir / "metrics.jsonl", "a")  # noqa: SIM115 (open as long as the run)
-        self.metrics.truncate(self.progress["metrics_bytes"])
-        self.metrics.seek(0, os.SEEK_END)
-        self.board = SummaryWriter(str(self.dir), purge_step=self.progress["step"] if args.resume else None)
-        if args.resume:  # purging takes the last kept step's points too: they are written again
-            for line in (self.dir / "metrics.jsonl").read_text().splitlines():
-                values = json.loads(line)
-                if values.pop("step") == self.progress["step"]:
-                    values.pop("epoch")
-                    self._to_board(values)
-        self.loss_sum = torch.tensor(self.progress["loss_sum"], device=self.device)
-        self.saved_step = self.progress["step"] if checkpoint else None
+        self._open_records(metrics.decode())
+        self.losses = torch.tensor(self.progress["losses"], device=self.device)  # since the last log line: sum, number
+        self.skipped, self.bad_steps = optimizer.skipped.clone(), torch.zeros_like(optimizer.skipped)
+        self.bad_steps_seen = torch.zeros((), dtype=torch.int64, pin_memory=self.device.type == "cuda")
         self.seconds_to_first_step = None
+
+    def _need_space(self, copies):
+        """Raise UserError if the disk has no room for so many checkpoints' weights and the model."""
+        existing = next(p for p in [self.dir.resolve(), *self.dir.resolve().parents] if p.exists())
+        size = size_in_bytes(self.trained.values()) * copies if self.args.epochs else 0
+        if not self.args.no_save_model:
+            size += size_in_bytes(self.model.parameters())
+        need_space(existing, size, "what this run saves")
+
+    def _open_records(self, metrics):
+        """Open metrics.jsonl and TensorBoard's events as they were at the checkpoint; metrics: the former's text."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        (self.dir / "config.json").write_text(json.dumps(vars(self.args), indent=1))
+        self.metrics.truncate(0)
+        self.metrics.write(metrics)
+        self.metrics.flush()
+        self.board = SummaryWriter(str(self.dir), purge_step=self.progress["step"] if self.args.resume else None)
+        for line in metrics.splitlines():  # purging takes the last kept step's points too: they are written again
+            values = json.loads(line)
+            if values.pop("step") == self.progress["step"]:
+                values.pop("epoch")
+                self._to_board(values)
 
     @property
     def stopped(self):
@@ -1551,27 +1809,35 @@ class Run:
         order = batch_order([len(s.ids) for s in self.train], self.args.batch_size, self.args.seed, epoch)
         self.memory.start("train")
         self._start_clock()
-        with tqdm(
+        bar = tqdm(
             total=len(order), initial=self.progress["batch"], desc=f"epoch {epoch}", unit="step", mininterval=0.5
-        ) as self.bar:
-            for rows in order[self.progress["batch"] :]:
-                if self.stopped:
-                    break
-                yield collate([self.train[row] for row in rows], self.limit, self.pad_to).to(self.device)
-        self._stop_clock()
-        self.checkpoint()
+        )
+        with ending.postponed():
+            with bar as self.bar:
+                for rows in order[self.progress["batch"] :]:
+                    if self.stopped or ending.signal:
+                        break
+                    yield collate([self.train[row] for row in rows], self.limit, self.pad_to).to(self.device)
+            self._stop_clock()
+            self.checkpoint()
+        ending.check()
 
     def after_step(self, loss, batch):
-        """Count the step; write the log line and the checkpoint when they are due. loss: tensor on the device."""
-        progress = self.progress
-        self.loss_sum += loss.detach()
+        """Count the step; write the log line and the checkpoint when they are due. loss: tensor on the device.
+
+        Raises UserError after BAD_STEPS steps in a row that left out updates.
+        """
+        progress, skipped = self.progress, self.optimizer.skipped
+        loss = loss.detach().float()
+        self.losses += torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]), 0)
+        self.bad_steps.add_(1).mul_(skipped > self.skipped)
+        self.skipped.copy_(skipped)
         if self.seconds_to_first_step is None:
-            self.loss_sum.item()  # waits for the device
+            loss.item()  # waits for the device
             self.seconds_to_first_step = time.time() - psutil.Process().create_time()
         for name, more in {
             "step": 1,
             "batch": 1,
-            "loss_steps": 1,
             "rows": batch.rows,
             "tokens": batch.tokens,
             "target_tokens": batch.target_tokens,
@@ -1579,35 +1845,63 @@ class Run:
             progress[name] += more
         self.segment_rows += batch.rows
         if time.perf_counter() - self.bar_time > 1:  # reading the loss waits for the device: once a second at most
-            self.bar_time = time.perf_counter()
+            self.bar_time, left_out = time.perf_counter(), skipped.item()
             self.bar.set_postfix_str(
-                f"loss {loss.item():.3f}, {self._rows_per_second():.1f} rows/s, {self.memory.sample():.2f} GiB",
+                f"loss {loss.item():.3f}, {self._rows_per_second():.1f} rows/s, {self.memory.sample():.2f} GiB"
+                + f", {left_out} updates skipped" * (left_out > 0),
                 refresh=False,
             )
         self.bar.update()
+        self._end_a_bad_run()
         if progress["step"] % self.args.log_every == 0:
+            total, number = self.losses.tolist()
             self._log(
                 {
-                    "train_loss": self.loss_sum.item() / progress["loss_steps"],
+                    "train_loss": total / number if number else None,
                     "lr": self.optimizer.param_groups[0]["lr"],
                     "memory_gib": self.memory.sample(),
                     "rows_per_second": self._rows_per_second(),
+                    "skipped_updates": skipped.item(),
                 }
             )
-            self.loss_sum.zero_()
-            progress["loss_steps"] = 0
+            self.losses.zero_()
         if self.args.save_every and progress["step"] % self.args.save_every == 0:
+            self.checkpoint_due = True
+        if self.checkpoint_due:
             self._stop_clock()
             self.checkpoint()
             self._start_clock()
 
+    def _end_a_bad_run(self):
+        """The host sees what the device counts without waiting for it, up to a second late."""
+        self.bad_steps_seen.copy_(self.bad_steps, non_blocking=True)
+        if self.bad_steps_seen.item() >= BAD_STEPS:
+            raise UserError(
+                f"{BAD_STEPS} steps in a row, up to step {self.progress['step']}, had updates that are not finite, "
+                f"{self.optimizer.skipped.item()} in all: the run has diverged, or data or machine are faulty; "
+                f"{ending.go_on}, which is from before; if it comes back, start again with a smaller --lr and another "
+                "--run-name"
+            )
+
     def checkpoint(self):
-        if self.saved_step != self.progress["step"]:
-            self.metrics.flush()
-            self.progress.update(loss_sum=self.loss_sum.item(), metrics_bytes=self.metrics.tell())
-            with self.at_home():
-                save_checkpoint(self.dir, self.args, self.progress, self.trained, self.optimizer)
-            self.saved_step = self.progress["step"]
+        """Save, unless this step is saved already or left updates out: then the last checkpoint, from before, stays."""
+        if self.saved_step == self.progress["step"] or self.bad_steps.item():
+            return
+        self.metrics.flush()
+        self.progress["losses"] = self.losses.tolist()
+        with self.at_home():
+            save_checkpoint(
+                self.dir,
+                self.state | {"progress": self.progress},
+                (self.dir / "metrics.jsonl").read_bytes(),
+                self.trained,
+                self.optimizer,
+            )
+        self._is_saved()
+
+    def _is_saved(self):
+        self.saved_step, self.checkpoint_due = self.progress["step"], False
+        ending.go_on = f"the same command with --resume goes on from step {self.saved_step}"
 
     def evaluate(self, epoch):
         """Score the validation rows and record them as eval_epoch<epoch>.jsonl; epoch 0 is before training."""
@@ -1618,9 +1912,10 @@ class Run:
             self.model, self.validation, self.device, self.limit, self.log_probs_of, self.eval_tokens, self.pad_to
         )
         if not all(math.isfinite(score) for row_scores in scores for score in row_scores):
+            after = self.progress["step"]
             raise UserError(
-                f"evaluation after {self.progress['step']} steps gives scores that are not finite: the run has "
-                "diverged; start again with a smaller --lr"
+                f"evaluation after {after} steps gives scores that are not finite: "
+                + ("the run has diverged; start again with a smaller --lr" if after else "the weights are damaged")
             )
         with open(self.dir / f"eval_epoch{epoch}.jsonl", "w") as file:
             for row, row_scores in zip(self.validation, scores, strict=True):
@@ -1640,14 +1935,12 @@ class Run:
         """Save the model unless told not to, write summary.json and print the closing table."""
         self.memory.sample()
         if not self.args.no_save_model:
-            with self.at_home():
-                self.model.save_pretrained(self.dir / "model", max_shard_size=SHARD)
-            self.tokenizer.save_pretrained(self.dir / "model")
-        self.metrics.close()
+            self._save_model()
+        self.open.close()
         self.board.close()
         progress, seconds = self.progress, self.progress["train_seconds"]
         summary = {
-            "script": self.script,
+            "script": self.args.script,
             "run_name": self.args.run_name,
             "args": vars(self.args),
             "trained_params": sum(p.numel() for p in self.trained.values()),
@@ -1661,15 +1954,24 @@ class Run:
             "rows_per_second": progress["rows"] / seconds if seconds else None,
             "tokens_per_second": progress["tokens"] / seconds if seconds else None,
             "memory_gib": self.memory.peaks,
-            "skipped_updates": self.optimizer.skipped.item()
-            if isinstance(self.optimizer, Adafactor)
-            else None,  # torch's own do not guard
+            "skipped_updates": self.optimizer.skipped.item(),
             "ledger_gib": self._ledger(),
             "versions": versions(self.device),
         }
         (self.dir / "summary.json").write_text(json.dumps(summary, indent=1))
         print_summary(summary, self.dir)
         return summary
+
+    def _save_model(self):
+        """Save model and tokenizer as model/, which has that name once it is complete."""
+        final, partial = self.dir / "model", self.dir / "model.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        need_space(self.dir, size_in_bytes(self.model.parameters()), "the model")
+        with self.at_home():
+            self.model.save_pretrained(partial, max_shard_size=SHARD)
+        self.tokenizer.save_pretrained(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
 
     def _ledger(self):
         """{part: GiB} of the training phase's peak; on a GPU of the allocated bytes, on a CPU of the resident ones."""
@@ -1698,7 +2000,8 @@ class Run:
 
     def _to_board(self, values):
         for name, value in values.items():
-            self.board.add_scalar(("eval/" if "acc" in values else "train/") + name, value, self.progress["step"])
+            if value is not None:
+                self.board.add_scalar(("eval/" if "acc" in values else "train/") + name, value, self.progress["step"])
 
     def _start_clock(self):
         self.clock, self.segment_rows, self.bar_time = time.perf_counter(), 0, 0.0

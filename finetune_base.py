@@ -12,7 +12,11 @@ import torch.nn.functional as F
 
 import common
 
-OPTIMIZERS = {"Adam": torch.optim.Adam, "Adafactor": common.Adafactor, "SGD": torch.optim.SGD}
+OPTIMIZERS = {
+    "Adam": common.guarded(torch.optim.Adam),
+    "Adafactor": common.Adafactor,
+    "SGD": common.guarded(torch.optim.SGD),
+}
 
 
 def precision():
@@ -28,7 +32,9 @@ def training_loss(model, batch):
 
 
 def main(argv=None):
-    parser = common.argument_parser(__doc__.splitlines()[0], batch_size=32, lr=3e-6, demo_lr=3e-5, log_every=100)
+    parser = common.argument_parser(
+        "finetune_base", __doc__.splitlines()[0], batch_size=32, lr=3e-6, demo_lr=3e-5, log_every=100
+    )
     parser.add("--optimizer", choices=list(OPTIMIZERS), default="Adam", help="update rule")
     args = common.parse_arguments(parser, argv)
     device = common.set_up(args)
@@ -54,7 +60,6 @@ def main(argv=None):
     # Train
     run = common.Run(
         args,
-        "finetune_base",
         model=model,
         tokenizer=tokenizer,
         trained=trained,
@@ -78,4 +83,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run_command(main)
+    common.run_command(main, "finetune_lowmem.py or a smaller --batch_size (with another --run-name)")

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the GPU's kernels, run on the CPU; read when triton is imported
 
 import transformers
+from commands import Commands
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 torch.set_num_threads(2)
@@ -160,6 +161,14 @@ def dataset_folder(tmp_path_factory):
     write_jsonl(folder / "train.jsonl", many_rows(60, seed=1))
     write_jsonl(folder / "validation.jsonl", many_rows(12, seed=2) + ODD_ROWS[:4])
     return folder
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory):
+    """See tests/commands.py."""
+    started = Commands(tmp_path_factory.mktemp("streams"))
+    yield started
+    started.close()
 
 
 def pytest_configure(config):

@@ -160,7 +160,7 @@ def test_flags_are_accepted_with_both_dashes(run, script):
         script, "r", "--epochs", 1, "--batch-size", 5, "--max-steps", 1, "--no-save-model", "--eval-rows", 2
     )
     assert summary["rows"] == 5
-    args = common.parse_arguments(common.argument_parser("", 1, 1.0, 1.0, 1), ["--run_name", "x"])
+    args = common.parse_arguments(common.argument_parser("script", "", 1, 1.0, 1.0, 1), ["--run_name", "x"])
     assert args.run_name == "x"
 
 
@@ -207,7 +207,7 @@ def test_base_optimizers(run, optimizer):
         "finetune_base", "r", "--optimizer", optimizer, "--epochs", 2, "--batch_size", 4, "--lr", rate
     )
     assert summary["eval"][-1]["gold_nll"] < summary["eval"][0]["gold_nll"] - 1
-    assert summary["skipped_updates"] == (0 if optimizer == "Adafactor" else None)
+    assert summary["skipped_updates"] == 0
     state = list(load_file(folder / "checkpoint" / "step-30" / "optimizer-00000.safetensors"))
     assert {name.split("/")[-1] for name in state} == {
         "Adam": {"step", "exp_avg", "exp_avg_sq"},
@@ -649,8 +649,11 @@ def test_odd_rows_train_and_score(run, tmp_path):
         assert (summary["rows"], summary["eval"][1]["rows"]) == (8, 8)
 
 
-def test_work_ahead_counts_what_is_left(run, tmp_path):
-    """60 rows by 4 are 15 steps an epoch; 100 tokens a sequence make 40 evaluation batches of 10 rows."""
+def test_planned_work_is_that_of_the_whole_run(run, tmp_path):
+    """60 rows by 4 are 15 steps an epoch; 100 tokens a sequence make 40 evaluation batches of 10 rows.
+
+    A resumed run plans as the whole one, or its kernels and so its bits might be others.
+    """
     data = (
         [common.Sequence([0] * 9, 1)] * 60,
         [common.EvalRow(0, 0, [common.Sequence([0] * 100, 1)] * 4, [1] * 4)] * 10,
@@ -661,6 +664,6 @@ def test_work_ahead_counts_what_is_left(run, tmp_path):
     assert common.planned_work(args, data, tokens_per_batch=100) == (20, 120)
     run("finetune_lowmem", "r", "--epochs", 2, "--max_steps", 4)
     args.resume = True
-    assert common.planned_work(args, data, tokens_per_batch=100) == (16, 120)
+    assert common.planned_work(args, data, tokens_per_batch=100) == (20, 120)
     args.epochs = 0
     assert common.planned_work(args, ([], data[1]), tokens_per_batch=100)[1] == 40

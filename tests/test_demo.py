@@ -91,13 +91,13 @@ def test_rows_are_split_by_source(tmp_path):
 
 
 def test_demo_changes_the_defaults_and_flags_still_win(cache):
-    parser = common.argument_parser("", batch_size=32, lr=1e-6, demo_lr=2e-5, log_every=100)
+    parser = common.argument_parser("script", "", batch_size=32, lr=1e-6, demo_lr=2e-5, log_every=100)
     args = common.parse_arguments(
         parser, ["--run-name", "x", "--demo", "--train_rows", "7", "--output_dir", str(cache)]
     )
     assert (args.train_rows, args.batch_size, args.lr, args.epochs) == (7, 8, 2e-5, 1)
     assert args.model == str(cache / common.DEMO_MODEL)
     args = common.parse_arguments(
-        common.argument_parser("", 32, 1e-6, 2e-5, 100), ["--run-name", "x", "--output_dir", str(cache)]
+        common.argument_parser("script", "", 32, 1e-6, 2e-5, 100), ["--run-name", "x", "--output_dir", str(cache)]
     )
     assert (args.train_rows, args.batch_size, args.lr, args.epochs) == (None, 32, 1e-6, 3)

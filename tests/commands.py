@@ -1,0 +1,96 @@
+"""The scripts as commands, each in a process of its own, without waiting 6 s for the imports each time.
+
+A server process imports what the scripts import, and forks for each command. What then runs is the script itself, as
+`__main__`, with its arguments, exit code and signals. Started by the fixture `commands` in conftest.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+class Commands:
+    """The server's side in the tests' process."""
+
+    def __init__(self, folder):
+        self.folder, self.count = Path(folder), 0
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        environment.pop("TRITON_INTERPRET", None)
+        self.server = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, **request):
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def start(self, script, *argv, first=""):
+        """Start `script argv` and return it as a `Command`. first: Python code that runs before the script does."""
+        self.count += 1
+        streams = [str(self.folder / f"{self.count}.{stream}") for stream in ("out", "err")]
+        argv = [str(a) for a in argv]
+        return Command(self, self.ask(script=script, argv=argv, streams=streams, first=first), *map(Path, streams))
+
+    def run(self, script, *argv, first=""):
+        """(exit code, stdout, stderr); minus the signal's number where one ended the process."""
+        return self.start(script, *argv, first=first).wait()
+
+    def close(self):
+        self.server.stdin.close()
+        self.server.wait()
+
+
+class Command:
+    def __init__(self, commands, pid, out, err):
+        self.commands, self.pid, self.out, self.err = commands, pid, out, err
+
+    def running(self):
+        """Whether the process is still there and no zombie."""
+        with suppress(OSError):
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return False
+
+    def send(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self):
+        return self.commands.ask(wait=self.pid), self.out.read_text(), self.err.read_text()
+
+
+def serve():
+    import runpy
+
+    sys.path.insert(0, str(ROOT))
+    import datasets  # noqa: F401
+    import torch
+    from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+    import common  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
+        elif not (answer := os.fork()):
+            break
+        print(json.dumps(answer), flush=True)
+    else:
+        return
+    for number, path in enumerate(request["streams"], 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv = [f"{request['script']}.py", *request["argv"]]
+    exec(request["first"], {})
+    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+
+
+if __name__ == "__main__":
+    serve()
