@@ -274,11 +274,13 @@ def parse_arguments(parser, argv=None):
 def set_up(args):
     """Print the configuration, fetch the demo's files if asked for, seed everything; return the device to train on."""
     print("configuration:", " ".join(f"{k}={v}" for k, v in vars(args).items()))
+    import datasets
     import huggingface_hub
     import transformers
 
     huggingface_hub.logging.set_verbosity_error()  # our own errors are one line
     transformers.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if args.demo:
         prepare_demo()
     seed_everything(args.seed)

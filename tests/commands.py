@@ -4,10 +4,12 @@ A server process imports what the scripts import, and forks for each command. Wh
 `__main__`, with its arguments, exit code and signals. Started by the fixture `commands` in conftest.py.
 """
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import traceback
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,6 +36,8 @@ class Commands:
         """Start `script argv` and return it as a `Command`. first: Python code that runs before the script does."""
         self.count += 1
         streams = [str(self.folder / f"{self.count}.{stream}") for stream in ("out", "err")]
+        for stream in streams:
+            Path(stream).touch()
         argv = [str(a) for a in argv]
         return Command(self, self.ask(script=script, argv=argv, streams=streams, first=first), *map(Path, streams))
 
@@ -75,6 +79,7 @@ def serve():
     import common  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # a collection would copy all of these modules' pages
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -83,13 +88,24 @@ def serve():
             break
         print(json.dumps(answer), flush=True)
     else:
-        return
+        os._exit(0)
     for number, path in enumerate(request["streams"], 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.argv = [f"{request['script']}.py", *request["argv"]]
-    exec(request["first"], {})
-    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+    code = 1
+    try:
+        exec(request["first"], {})
+        runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the interpreter's own end takes a second, for all that was imported
 
 
 if __name__ == "__main__":
