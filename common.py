@@ -1583,7 +1583,7 @@ def save_checkpoint(run_dir, state, metrics, trained, optimizer):
     """
     final = Path(run_dir) / "checkpoint" / f"step-{state['progress']['step']}"
     partial = final.with_name("partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    _keep_only(last_checkpoint(run_dir), partial.parent)  # a kill may have left more
     optimizer_state = {
         f"{name}/{key}": value for name, p in trained.items() for key, value in optimizer.state.get(p, {}).items()
     }
@@ -1602,9 +1602,14 @@ def save_checkpoint(run_dir, state, metrics, trained, optimizer):
         _flush(path)
     partial.rename(final)
     _flush(final.parent)
-    for old in final.parent.glob("step-*"):
-        if old != final:
-            shutil.rmtree(old)
+    _keep_only(final, partial.parent)
+
+
+def _keep_only(checkpoint, folder):
+    """Remove all other checkpoints, whole or not, from a run's checkpoint folder, and nothing else."""
+    for other in [*folder.glob("step-*"), *folder.glob("partial")]:
+        if other != checkpoint:
+            shutil.rmtree(other)
 
 
 SUMS = "SHA256SUMS"  # as the command sha256sum writes and checks

@@ -455,6 +455,38 @@ def test_bad_gradients_streamed_and_compiled(value, streamed, compiled):
         before = after
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["eager", "graphs", "compiled graphs"])
+@pytest.mark.parametrize("streamed", [[], [0, 1, 3, 4], range(5)], ids=["resident", "some streamed", "all streamed"])
+def test_bad_gradients_on_a_gpu(streamed, how):
+    """As above, the poison in a tensor on the device, so that a captured graph reads it anew each time."""
+    device, factor = torch.device("cuda"), torch.ones((), device="cuda")
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "max_position_embeddings": 256}
+    with torch.cuda.stream(torch.cuda.Stream()), torch.autograd.set_multithreading_enabled(False):
+        made = make_run("llama", streamed, device=device, **shape)
+        names = [name for name, p in made.model.named_parameters() if p.requires_grad]
+        bad = {n for n in names if re.search(r"layers\.[024]\.(self_attn.q_proj|mlp.down_proj|input_layernorm)", n)}
+        for name, p in made.model.named_parameters():
+            if name in bad:
+                p.register_hook(lambda g: g * factor)
+        if how == "compiled graphs":
+            finetune_lowmem.compile_layers(made.model)
+        batches, step = [make_batch(seed, rows=8, length=64).to(device) for seed in range(7)], made.step
+        step(batches[6])
+        if how != "eager":
+            step = finetune_lowmem.Graphs(made.step, torch.cuda.graph_pool_handle(), rows=8)
+        before = dict(zip((n for n, _ in made.model.named_parameters()), made.weights(), strict=True))
+        for batch, value in zip(batches, [1, math.nan, 1, math.inf, 1e36, 1], strict=False):
+            factor.fill_(value)
+            assert step(batch).isfinite()
+            after = dict(zip(before, made.weights(), strict=True))
+            same = {name for name in names if torch.equal(before[name], after[name])}
+            assert same == (bad if value != 1 else set()), value
+            assert all(weight.isfinite().all() for weight in after.values())
+            before = after
+        assert made.optimizer.skipped.item() == 3 * len(bad)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Soak
 
@@ -468,8 +500,9 @@ def after_step(run, *args):
     plain(run, *args)
     if run.progress["step"] % 100 == 0:
         gc.collect()
-        batch = {id(x) for x in vars(args[1]).values()}  # of another length each time
-        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and id(x) not in batch]
+        batch = vars(args[1])  # of another length each time, and so is what autograd still holds of its embeddings
+        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and all(x is not y for y in batch.values())]
+        tensors = [x for x in tensors if x.shape[:2] != batch["ids"].shape]
         seen.append([psutil.Process().memory_info().rss, len(tensors), sum(t.nbytes for t in tensors), time.process_time()])
 finish = common.Run.finish
 def finished(run):

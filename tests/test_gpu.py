@@ -2,12 +2,18 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_model
+from test_cli import lines
+from test_faults import assert_same_run, has_lines, wait_until
+
+import common
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.gpu
@@ -17,13 +23,14 @@ pytestmark = pytest.mark.gpu
 def run(tmp_path, model_folder, dataset_folder):
     """run(name, *flags, compiled=False) -> (summary, terminal), or the last line of a run that ends with exit code `ends`.
 
-    15 steps an epoch on tiny models.
+    15 steps an epoch on tiny models. first: Python code that runs before. meanwhile: function of the process, called
+    once it has started.
     """
 
-    def go(name, *flags, compiled=False, architecture="llama", model=None, ends=0):
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, finetune_lowmem; "
-        code += f"finetune_lowmem.GRAPHS_PAY, finetune_lowmem.COMPILING_PAYS = 0, {0 if compiled else 10**9}; "
-        code += "common.run_command(finetune_lowmem.main)"
+    def go(name, *flags, compiled=False, architecture="llama", model=None, ends=0, first="", meanwhile=lambda _: None):
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, finetune_lowmem\n"
+        code += f"finetune_lowmem.GRAPHS_PAY, finetune_lowmem.COMPILING_PAYS = 0, {0 if compiled else 10**9}\n"
+        code += f"{first}\ncommon.run_command(finetune_lowmem.main)"
         argv = [
             "--run-name",
             name,
@@ -35,11 +42,15 @@ def run(tmp_path, model_folder, dataset_folder):
             dataset_folder,
         ]
         argv += ["--batch_size", 4, "--lr", "1e-2", "--log_every", 2, *flags]
-        done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True)
-        assert done.returncode == ends, done.stderr[-3000:]
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        meanwhile(process)
+        out, err = process.communicate()
+        assert process.returncode == ends, err[-3000:]
         if ends:
-            return done.stderr.strip().splitlines()[-1]
-        return json.loads((tmp_path / name / "summary.json").read_text()), done.stdout
+            return err.strip().splitlines()[-1]
+        return json.loads((tmp_path / name / "summary.json").read_text()), out
 
     return go
 
@@ -85,6 +96,73 @@ def test_a_run_goes_on_from_its_checkpoint(run):
     assert "resuming after step 20" in said
     assert parts["steps"] == 30
     assert parts["eval"][-1]["gold_nll"] == pytest.approx(whole["eval"][-1]["gold_nll"], rel=0.05)
+
+
+def stop_after(tmp_path, name, count, number):
+    """A function for `meanwhile`: send the signal once metrics.jsonl has so many lines."""
+
+    def stop(process):
+        assert wait_until(has_lines(tmp_path / name, count), SimpleNamespace(running=lambda: process.poll() is None))
+        process.send_signal(number)
+
+    return stop
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_killed_and_interrupted_run_goes_on_bit_for_bit(compiled, run, tmp_path):
+    """Phi's head has a bias: cut-cross-entropy, which adds up in no fixed order, does not take it."""
+    flags = ["--epochs", 8, "--save_every", 10]
+    how = {"compiled": compiled, "architecture": "phi"}
+    whole, _ = run("whole", *flags, **how)
+    run("parts", *flags, **how, ends=-signal.SIGKILL, meanwhile=stop_after(tmp_path, "parts", 12, signal.SIGKILL))
+    killed_after = lines(common.last_checkpoint(tmp_path / "parts") / "metrics.jsonl")[-1]["step"]
+    assert killed_after >= 10
+    stop = stop_after(tmp_path, "parts", 30, signal.SIGTERM)
+    said = run("parts", *flags, "--resume", **how, ends=128 + signal.SIGTERM, meanwhile=stop)
+    step = int(re.fullmatch(r"interrupted: the same command with --resume goes on from step (\d+)", said)[1])
+    assert killed_after < step < 120
+    parts, said = run("parts", *flags, "--resume", **how)
+    assert f"resuming after step {step}\n" in said
+    assert parts["eval"] == whole["eval"]
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_streamed_run_goes_on_bit_for_bit(run_wide, tmp_path):
+    """Its head streams too, without cut-cross-entropy."""
+    flags = ["--memory_budget", round(least_budget(run_wide) + 0.04, 2), "--epochs", 2]
+    run_wide("whole", *flags)
+    stop = stop_after(tmp_path, "parts", 6, signal.SIGTERM)
+    run_wide("parts", *flags, ends=128 + signal.SIGTERM, meanwhile=stop)
+    run_wide("parts", *flags, "--resume")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_memory_that_runs_out_ends_in_one_line(run, tmp_path):
+    fault = "import torch; plain = common.Run.after_step\n"
+    fault += "def after_step(run, *args):\n"
+    fault += "    plain(run, *args)\n"
+    fault += "    run.progress['step'] == 7 and torch.empty(2**40, dtype=torch.uint8, device='cuda')\n"
+    fault += "common.Run.after_step = after_step"
+    said = run("r", "--epochs", 1, "--save_every", 5, first=fault, ends=2)
+    expected = (
+        r"error: out of GPU memory: 1024.00 GiB asked, [\d.]+ [GM]iB free, [\d.]+ GiB allowed; the same command with "
+    )
+    assert re.match(expected + "--resume goes on from step 5, with .*--batch_size", said)
+    run("r", "--epochs", 1, "--save_every", 5, "--resume")
+
+
+def test_twenty_bad_steps_end_a_run_of_graphs(run, tmp_path):
+    """The host looks without waiting for the device: it may see the twentieth some steps late."""
+    fault = "plain = common.Run.after_step\n"
+    fault += "def after_step(run, *args):\n"
+    fault += "    run.optimizer.skipped += run.progress['step'] >= 12\n"
+    fault += "    plain(run, *args)\n"
+    fault += "common.Run.after_step = after_step"
+    said = run("r", "--epochs", 9, "--save_every", 5, first=fault, ends=2)
+    step = int(re.search(r"20 steps in a row, up to step (\d+), had updates that are not finite", said)[1])
+    assert 32 <= step <= 60
+    assert "goes on from step 10, which is from before" in said
+    assert [f.name for f in (tmp_path / "r" / "checkpoint").iterdir()] == ["step-10"]
 
 
 def test_a_budget_that_is_too_small_names_one_that_works(run):

@@ -48,7 +48,7 @@ def make_run(architecture, streamed, slots=2, trained="layers", layers=5, device
         with stack.at_home():
             return [p.detach().clone() for p in model.parameters()]
 
-    return SimpleNamespace(model=model, stack=stack, step=step, score=score, weights=weights)
+    return SimpleNamespace(model=model, stack=stack, step=step, score=score, weights=weights, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("streamed", [range(5), [0, 1, 3, 4], [1, 2, 3, 4]])
