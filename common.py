@@ -1417,6 +1417,16 @@ def free_host_memory():
     return free
 
 
+def need_host_memory(size, what):
+    """Raise UserError if `size` bytes for `what` are not free in host memory."""
+    free = free_host_memory()
+    if size > free:
+        raise UserError(
+            f"{what} takes {size / GIB:.1f} GiB of host memory, and {free / GIB:.1f} are free: close other programs, "
+            "or take a smaller model"
+        )
+
+
 def host_memory(size, device):
     """A buffer of `size` bytes in host memory, page-locked if `device` is a GPU, which then copies by itself.
 

@@ -43,6 +43,8 @@ def main(argv=None):
     # Data and model, the weights in FP32
     tokenizer, limit = common.load_tokenizer(args.model)
     data = common.load_data(args, tokenizer, limit)
+    empty, _ = common.empty_model(args.model, torch.float32)
+    common.need_host_memory(common.size_in_bytes(empty.parameters()), f"{args.model} in fp32")
     model = common.load_model(args.model, torch.float32)
     trained = common.choose_trained(model, args.trained)
     model.to(device)

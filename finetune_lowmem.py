@@ -593,12 +593,8 @@ def check_host_memory(name, budget):
     model, stored = common.empty_model(name, torch.bfloat16)
     size, free = common.size_in_bytes(model.parameters()), common.free_host_memory()
     if stored != torch.bfloat16:
-        if size > free:
-            raise common.UserError(
-                f"{name} is not stored in bf16 but as {stored or 'an unknown type'}: to convert it takes "
-                f"{size / common.GIB:.1f} GiB of host memory, and {free / common.GIB:.1f} are free; close other "
-                "programs, or save it in bf16 first"
-            )
+        kind = f"not stored in bf16 but as {stored or 'an unknown type'}"
+        common.need_host_memory(size, f"{name} is {kind}: to convert it")
         return
     slots = SLOTS * common.size_in_bytes(common.decoder_layers(model)[-1].parameters())
     if size - max(0, budget - 2**29 - slots) > free:
@@ -844,8 +840,7 @@ def load(args, data, limit, memory, device):
     budget = 0.98 * memory.total
     if args.memory_budget:
         budget = min(budget, args.memory_budget * common.GIB)
-    if device.type == "cuda":
-        check_host_memory(args.model, budget)
+    check_host_memory(args.model, budget if device.type == "cuda" else 0)
     model = common.load_model(args.model, torch.bfloat16)
     trained = common.choose_trained(model, args.trained)
     leave_out_masks(model, longest=common.longest_sequence(data))
