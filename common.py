@@ -64,17 +64,18 @@ class Interrupted(BaseException):
 
 
 class Ending:
-    """How the command ends before its time: what SIGINT and SIGTERM do, and how the last line says to go on.
+    """How the command ends before its time: what SIGINT and SIGTERM do, and what its last line says of going on.
 
     The first signal raises Interrupted at once or, within `postponed()`, when `check()` is called: a step, its
     checkpoint included, is never cut in two. The second ends the process on the spot.
     """
 
-    def __init__(self):
-        self.signal, self.waits, self.go_on = None, False, "start the same command again"
+    signal, waits = None, False
+    go_on, save_memory = "start the same command again", "a smaller --batch_size (with another --run-name)"
 
     @contextmanager
     def listening(self):
+        vars(self).clear()  # all as above
         before = {number: signal.signal(number, self._received) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -106,13 +107,12 @@ class Ending:
 ending = Ending()  # the process has one
 
 
-def run_command(main, saves_memory="a smaller --batch_size (with another --run-name)"):
+def run_command(main):
     """Run `main()` as a command: what a user can mend ends in one line on stderr and exit code 2.
 
-    SIGINT and SIGTERM end in one line and exit codes 130 and 143. saves_memory: what to do where memory is too small.
+    SIGINT and SIGTERM end in one line and exit codes 130 and 143.
     """
     sys.stdout.reconfigure(line_buffering=True)  # in order with the progress bars, in a log file too
-    ending.__init__()
     try:
         with ending.listening():
             main()
@@ -121,28 +121,29 @@ def run_command(main, saves_memory="a smaller --batch_size (with another --run-n
     except UserError as error:
         sys.exit(_fail(f"error: {error}", 2))
     except Exception as error:
-        if missing := _out_of_memory(error):
-            sys.exit(_fail(f"error: {missing}; {ending.go_on}, with {saves_memory} if it happens again", 2))
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            sys.exit(_fail(f"error: the disk is full: make room; {ending.go_on}", 2))  # safetensors' own error too
-        raise
+        if not (line := _what_ran_out(error)):
+            raise
+        sys.exit(_fail(f"error: {line}", 2))
 
 
-def _out_of_memory(error):
-    """What was asked and what is free, if `error` says that memory ran out; or else None."""
+def _what_ran_out(error):
+    """The line for an error that says that the disk, the GPU's or the host's memory ran out; for others None."""
     text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+        return f"the disk is full: make room; {ending.go_on}"  # safetensors has an error of its own
     if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text:
         size = r"([\d.]+ \w+)"
         words = (f"Tried to allocate {size}", f"of which {size} is free", f"{size} allowed")
         asked, free, allowed = (match and match[1] for match in (re.search(pattern, text) for pattern in words))
-        return f"out of GPU memory: {asked or 'more'} asked, {free or 'less'} free" + f", {allowed} allowed" * bool(
-            allowed
-        )
-    if isinstance(error, MemoryError) or re.search("can(no|')t allocate memory", text, re.IGNORECASE):
+        missing = f"out of GPU memory: {asked or 'more'} asked, {free or 'less'} free"
+        missing += f", {allowed} allowed" if allowed else ""
+    elif isinstance(error, MemoryError) or re.search("can(no|')t allocate memory", text, re.IGNORECASE):
         asked = re.search(r"tried to allocate (\d+) bytes|allocate ([\d.]+ \w+) for an array", text)
         asked = "more" if not asked else asked[2] or f"{int(asked[1]) / GIB:.2f} GiB"
-        return f"out of host memory: {asked} asked, {free_host_memory() / GIB:.2f} GiB free"
-    return None
+        missing = f"out of host memory: {asked} asked, {free_host_memory() / GIB:.2f} GiB free"
+    else:
+        return None
+    return f"{missing}; {ending.go_on}, with {ending.save_memory} if it happens again"
 
 
 def _fail(line, code):
@@ -256,6 +257,8 @@ def parse_arguments(parser, argv=None):
             model=str(cache_folder() / DEMO_MODEL), dataset=str(cache_folder() / DEMO_DATASET), **parser.demo_defaults
         )
         args = parser.parse_args(argv)
+    if args.batch_size > 1:
+        ending.save_memory = f"--batch_size {args.batch_size // 2} (and another --run-name)"
     run_dir = Path(args.output_dir) / args.run_name
     if args.resume and not run_dir.is_dir():
         raise UserError(f"--resume: there is no run {run_dir}; leave --resume out to start it")
@@ -310,6 +313,8 @@ def _explain_loading(what, name):
     except (
         Exception
     ) as error:  # the libraries raise OSError, ValueError, KeyError and their own for damaged files alike
+        if _what_ran_out(error):
+            raise
         chain = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
             chain.append(cause)
@@ -546,9 +551,9 @@ def refuse_what_fails(model):
     """Turn what an unsupported architecture raises when it runs into a UserError."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if _what_ran_out(error):
+            raise
         raise UserError(f"{type(model).__name__} is not supported: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -1510,6 +1515,8 @@ def lock(run_dir):
             raise UserError(
                 f"another process is at work on {run_dir}: let it end, or take another --run-name"
             ) from error
+        except OSError:
+            pass  # a file system without locks
         yield file
 
 
@@ -1975,7 +1982,8 @@ class Run:
             "ledger_gib": self._ledger(),
             "versions": versions(self.device),
         }
-        (self.dir / "summary.json").write_text(json.dumps(summary, indent=1))
+        (self.dir / "summary.partial").write_text(json.dumps(summary, indent=1))
+        (self.dir / "summary.partial").replace(self.dir / "summary.json")  # where it is, it is whole
         print_summary(summary, self.dir)
         return summary
 

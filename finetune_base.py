@@ -37,6 +37,7 @@ def main(argv=None):
     )
     parser.add("--optimizer", choices=list(OPTIMIZERS), default="Adam", help="update rule")
     args = common.parse_arguments(parser, argv)
+    common.ending.save_memory += " or finetune_lowmem.py"
     device = common.set_up(args)
     memory = common.Memory(device)
 
@@ -85,4 +86,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    common.run_command(main, "finetune_lowmem.py or a smaller --batch_size (with another --run-name)")
+    common.run_command(main)

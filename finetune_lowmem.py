@@ -854,6 +854,9 @@ def load(args, data, limit, memory, device):
     graphs = sum(map(len, lengths)) if not args.no_compile and graphs_pay(*common.planned_work(args, data, 1024)) else 0
     plan = choose_plan(model, trained, batches, graphs, int(budget), memory, device)
     placed = place(model, plan, device)
+    if device.type == "cuda" and plan.streamed < len(layers_alike(model)):
+        smaller = f"--memory_budget {0.9 * budget / common.GIB:.1f} (so that more layers stream)"
+        common.ending.save_memory = f"{smaller} or {common.ending.save_memory}"
     if device.type == "cuda":
         padded = [max(common.padded_lengths([s], PAD_TO, limit)) for s in data[0]]
         share = statistics.mean(padded) / max(padded) if padded else 0
