@@ -71,7 +71,7 @@ class Ending:
     """
 
     signal, waits = None, False
-    go_on, save_memory = "start the same command again", "a smaller --batch_size (with another --run-name)"
+    go_on, save_memory = "start the same command again", "a smaller --batch_size"
 
     @contextmanager
     def listening(self):
@@ -116,14 +116,22 @@ def run_command(main):
     try:
         with ending.listening():
             main()
-    except Interrupted:
-        sys.exit(_fail(f"interrupted: {ending.go_on}", 128 + ending.signal))
-    except UserError as error:
-        sys.exit(_fail(f"error: {error}", 2))
-    except Exception as error:
-        if not (line := _what_ran_out(error)):
+    except (Interrupted, Exception) as error:
+        chain = _chain(error)
+        if any(isinstance(e, Interrupted) for e in chain):  # a library may have made another error of it
+            sys.exit(_fail(f"interrupted: {ending.go_on}", 128 + ending.signal))
+        line = str(error) if isinstance(error, UserError) else next(filter(None, map(_what_ran_out, chain)), None)
+        if line is None:
             raise
         sys.exit(_fail(f"error: {line}", 2))
+
+
+def _chain(error):
+    """The error and what led to it, the first cause last."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    return chain
 
 
 def _what_ran_out(error):
@@ -257,8 +265,8 @@ def parse_arguments(parser, argv=None):
             model=str(cache_folder() / DEMO_MODEL), dataset=str(cache_folder() / DEMO_DATASET), **parser.demo_defaults
         )
         args = parser.parse_args(argv)
-    if args.batch_size > 1:
-        ending.save_memory = f"--batch_size {args.batch_size // 2} (and another --run-name)"
+    half = f"--batch_size {args.batch_size // 2}" if args.batch_size > 1 else "a smaller --model"
+    ending.save_memory = f"{half} (and another --run-name)"
     run_dir = Path(args.output_dir) / args.run_name
     if args.resume and not run_dir.is_dir():
         raise UserError(f"--resume: there is no run {run_dir}; leave --resume out to start it")
@@ -313,11 +321,9 @@ def _explain_loading(what, name):
     except (
         Exception
     ) as error:  # the libraries raise OSError, ValueError, KeyError and their own for damaged files alike
-        if _what_ran_out(error):
+        chain = _chain(error)
+        if any(map(_what_ran_out, chain)):
             raise
-        chain = [error]
-        while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-            chain.append(cause)
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
             raise UserError(

@@ -127,6 +127,30 @@ def test_a_signal_between_steps_ends_at_once(where, said, left, argv, commands, 
     assert commands.run("finetune_lowmem", *argv("r", "--epochs", 1, *["--resume"] * left))[0] == 0
 
 
+def test_a_signal_that_a_library_turns_into_its_own_error_is_still_one(argv, commands):
+    fault = "import common, os, signal\n"
+    fault += "def load_model(*_):\n"
+    fault += "    try:\n"
+    fault += "        os.kill(os.getpid(), signal.SIGTERM)\n"
+    fault += "    finally:\n"
+    fault += "        raise RuntimeError('the end of a capture fails')\n"
+    fault += "common.load_model = load_model"
+    code, _, err = commands.run("finetune_lowmem", *argv("r"), first=fault)
+    assert (code, last_line(err)) == (143, "interrupted: start the same command again")
+
+
+def test_a_disk_that_is_full_while_data_are_prepared_is_no_damage(argv, commands):
+    fault = "import datasets\n"
+    fault += "def load_dataset(*_, **__):\n"
+    fault += "    try:\n"
+    fault += "        raise OSError(28, 'No space left on device')\n"
+    fault += "    except OSError as error:\n"
+    fault += "        raise datasets.exceptions.DatasetGenerationError('An error occurred') from error\n"
+    fault += "datasets.load_dataset = load_dataset"
+    code, _, err = commands.run("finetune_lowmem", *argv("r"), first=fault)
+    assert (code, last_line(err)) == (2, "error: the disk is full: make room; start the same command again")
+
+
 @both_scripts
 def test_a_run_killed_at_20_random_moments_loses_nothing(script, argv, commands, tmp_path):
     """Half of the kills while a checkpoint is being written. After each there is a whole checkpoint, as new as any that
