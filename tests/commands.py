@@ -16,6 +16,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def after_each_step(code):
+    """Code for `first`: `code`, one line, runs after each training step; it sees torch, the `run` and the `step`."""
+    return (
+        "import common, torch\n"
+        "plain = common.Run.after_step\n"
+        "def after_step(run, *args):\n"
+        "    plain(run, *args)\n"
+        "    step = run.progress['step']\n"
+        f"    {code}\n"
+        "common.Run.after_step = after_step"
+    )
+
+
 class Commands:
     """The server's side in the tests' process."""
 

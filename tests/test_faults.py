@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from commands import after_each_step
 from conftest import many_rows, write_jsonl
 from test_architectures import make_batch
 from test_cli import SCRIPTS, both_scripts, lines, run, weights  # noqa: F401 (run is a fixture)
@@ -306,11 +307,7 @@ def test_a_model_larger_than_host_memory_is_refused_before_it_is_loaded(script, 
 
 @both_scripts
 def test_host_memory_that_runs_out_ends_in_one_line(script, argv, commands, tmp_path):
-    fault = "import common, torch; plain = common.Run.after_step\n"
-    fault += "def after_step(run, *args):\n"
-    fault += "    plain(run, *args)\n"
-    fault += "    run.progress['step'] == 7 and torch.empty(2**44)\n"
-    fault += "common.Run.after_step = after_step"
+    fault = after_each_step("step == 7 and torch.empty(2**44)")
     code, _, err = commands.run(script, *argv("r", "--epochs", 1, "--save_every", 5), first=fault)
     assert code == 2
     said = (

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import after_each_step
 from conftest import make_model
 from test_cli import lines
 from test_faults import assert_same_run, has_lines, wait_until
@@ -140,11 +141,7 @@ def test_a_streamed_run_goes_on_bit_for_bit(run_wide, tmp_path):
 
 
 def test_memory_that_runs_out_ends_in_one_line(run, tmp_path):
-    fault = "import torch; plain = common.Run.after_step\n"
-    fault += "def after_step(run, *args):\n"
-    fault += "    plain(run, *args)\n"
-    fault += "    run.progress['step'] == 7 and torch.empty(2**40, dtype=torch.uint8, device='cuda')\n"
-    fault += "common.Run.after_step = after_step"
+    fault = after_each_step("step == 7 and torch.empty(2**40, dtype=torch.uint8, device='cuda')")
     said = run("r", "--epochs", 1, "--save_every", 5, first=fault, ends=2)
     expected = (
         r"error: out of GPU memory: 1024.00 GiB asked, [\d.]+ [GM]iB free, [\d.]+ GiB allowed; the same command with "
@@ -155,14 +152,10 @@ def test_memory_that_runs_out_ends_in_one_line(run, tmp_path):
 
 def test_twenty_bad_steps_end_a_run_of_graphs(run, tmp_path):
     """The host looks without waiting for the device: it may see the twentieth some steps late."""
-    fault = "plain = common.Run.after_step\n"
-    fault += "def after_step(run, *args):\n"
-    fault += "    run.optimizer.skipped += run.progress['step'] >= 12\n"
-    fault += "    plain(run, *args)\n"
-    fault += "common.Run.after_step = after_step"
+    fault = after_each_step("run.optimizer.skipped.add_(step >= 12)")  # seen with step 13
     said = run("r", "--epochs", 9, "--save_every", 5, first=fault, ends=2)
     step = int(re.search(r"20 steps in a row, up to step (\d+), had updates that are not finite", said)[1])
-    assert 32 <= step <= 60
+    assert 32 <= step <= 80
     assert "goes on from step 10, which is from before" in said
     assert [f.name for f in (tmp_path / "r" / "checkpoint").iterdir()] == ["step-10"]
 
