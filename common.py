@@ -112,7 +112,8 @@ def run_command(main):
 
     SIGINT and SIGTERM end in one line and exit codes 130 and 143.
     """
-    sys.stdout.reconfigure(line_buffering=True)  # in order with the progress bars, in a log file too
+    if sys.stdout:  # none where a shell closed it
+        sys.stdout.reconfigure(line_buffering=True)  # in order with the progress bars, in a log file too
     try:
         with ending.listening():
             main()
@@ -135,10 +136,15 @@ def _chain(error):
 
 
 def _what_ran_out(error):
-    """The line for an error that says that the disk, the GPU's or the host's memory ran out; for others None."""
+    """The line for an error that says that the disk, the GPU's or the host's memory, or the reader of a pipe, is gone;
+    for others None.
+    """
     text = str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
-        return f"the disk is full: make room; {ending.go_on}"  # safetensors has an error of its own
+    if isinstance(error, BrokenPipeError):
+        return f"nothing reads what the run prints any more; {ending.go_on}"
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # safetensors has an error of its own, with the system's words
+    if getattr(error, "errno", None) in full or re.search("No space left|quota exceeded|File too large", text):
+        return f"the disk is full: make room; {ending.go_on}"
     if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text:
         size = r"([\d.]+ \w+)"
         words = (f"Tried to allocate {size}", f"of which {size} is free", f"{size} allowed")
@@ -268,13 +274,17 @@ def parse_arguments(parser, argv=None):
     half = f"--batch_size {args.batch_size // 2}" if args.batch_size > 1 else "a smaller --model"
     ending.save_memory = f"{half} (and another --run-name)"
     run_dir = Path(args.output_dir) / args.run_name
-    if args.resume and not run_dir.is_dir():
+    if args.resume and not os.path.isdir(run_dir):
         raise UserError(f"--resume: there is no run {run_dir}; leave --resume out to start it")
-    if not args.resume and run_dir.exists():
+    if not args.resume and os.path.lexists(run_dir):  # a link to nowhere counts
         raise UserError(f"{run_dir} exists: take another --run-name, or go on with it with --resume")
-    existing = next(p for p in [run_dir.resolve(), *run_dir.resolve().parents] if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"{run_dir} cannot be written: choose another --output_dir")
+    try:
+        existing = next(p for p in [run_dir.resolve(), *run_dir.resolve().parents] if p.exists())
+        writable = existing.is_dir() and os.access(existing, os.W_OK)
+    except (OSError, RuntimeError):  # a name too long, links in a circle
+        writable = False
+    if not writable:
+        raise UserError(f"{str(run_dir)[:200]} cannot be written: choose another --output_dir")
     if args.resume:
         with lock(run_dir):
             if checkpoint := last_checkpoint(run_dir):

@@ -116,8 +116,9 @@ def serve():
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with suppress(OSError):
+                stream.flush()
         os._exit(code)  # the interpreter's own end takes a second, for all that was imported
 
 

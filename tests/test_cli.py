@@ -402,6 +402,7 @@ BAD_ARGUMENTS = {
     "run name dots": (["--run-name", ".."], "'..' is not a run name"),
     "run name too long": (["--run-name", "a" * 300], "is not a run name"),
     "output_dir is a file": (["--output_dir", __file__], "cannot be written"),
+    "output_dir too long": (["--output_dir", "a" * 300], "cannot be written"),
     "run name spaces": (["--run-name", "a b"], "'a b' is not a run name"),
     "unknown flag": (["--batchsize", "3"], "unknown argument --batchsize"),
     "stray word": (["word"], "unknown argument word"),
@@ -466,6 +467,12 @@ def test_nostround_in_the_baseline_and_optimizer_in_lowmem_are_unknown(tmp_path,
 def test_an_existing_run_folder_is_refused_and_kept(script, tmp_path, capsys):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "keep").write_text("me")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    refused(
+        lambda: SCRIPTS[script].main(["--run-name", "link", "--output_dir", str(tmp_path)]),
+        "exists: take another --run-name",
+        capsys,
+    )
     refused(
         lambda: SCRIPTS[script].main(["--run-name", "x", "--output_dir", str(tmp_path)]),
         "exists: take another --run-name",

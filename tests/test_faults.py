@@ -140,6 +140,15 @@ def test_a_signal_that_a_library_turns_into_its_own_error_is_still_one(argv, com
     assert (code, last_line(err)) == (143, "interrupted: start the same command again")
 
 
+def test_a_closed_pipe_or_stdout_ends_in_one_line_or_not_at_all(argv, commands):
+    closed = "import os, sys; reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1)"
+    code, _, err = commands.run("finetune_lowmem", *argv("a", "--epochs", 1), first=closed)
+    assert code == 2
+    assert last_line(err) == "error: nothing reads what the run prints any more; start the same command again"
+    code, _, err = commands.run("finetune_lowmem", *argv("b", "--epochs", 1), first="import sys; sys.stdout = None")
+    assert code == 0, err
+
+
 def test_a_disk_that_is_full_while_data_are_prepared_is_no_damage(argv, commands):
     fault = "import datasets\n"
     fault += "def load_dataset(*_, **__):\n"
