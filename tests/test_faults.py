@@ -560,7 +560,7 @@ common.Run.after_step, common.Run.finish = after_step, finished
 @every_optimizer
 def test_soak(script, flags, argv, commands, tmp_path):
     """1,000 steps with evaluations and checkpoints among them: tensors as at step 100, host memory within 1 %, and the
-    median CPU time of the last 300 steps within 15 % of that of steps 100 to 400.
+    median CPU time of the last 300 steps within 30 % of that of steps 100 to 400 (seen: 5 %; other programs disturb it).
     """
     folder = tmp_path / "data"
     folder.mkdir()
@@ -576,4 +576,4 @@ def test_soak(script, flags, argv, commands, tmp_path):
     assert rss_end < 1.01 * rss, (rss, rss_end)
     first, last = statistics.median(times[100:400]), statistics.median(times[-300:])
     print(f"host memory {rss_end / rss - 1:+.2%}, CPU time {last / first - 1:+.1%}")
-    assert last < 1.15 * first
+    assert last < 1.3 * first
