@@ -1635,13 +1635,14 @@ def save_checkpoint(run_dir, state, metrics, trained, optimizer):
         _flush(path)
     partial.rename(final)
     _flush(final.parent)
+    _flush(run_dir)
     _keep_only(final, partial.parent)
 
 
 def _keep_only(checkpoint, folder):
     """Remove all other checkpoints, whole or not, from a run's checkpoint folder, and nothing else."""
-    for other in [*folder.glob("step-*"), *folder.glob("partial")]:
-        if other != checkpoint:
+    for other in folder.glob("*"):
+        if re.fullmatch(r"step-\d+|partial", other.name) and other.is_dir() and other != checkpoint:
             shutil.rmtree(other)
 
 

@@ -371,11 +371,12 @@ def test_nothing_but_checkpoints_is_removed(sound, commands, tmp_path):
     shutil.copytree(sound["finetune_lowmem"], tmp_path / "finetune_lowmem")
     shutil.move(tmp_path / "finetune_lowmem" / "checkpoint", elsewhere)
     (tmp_path / "finetune_lowmem" / "checkpoint").symlink_to(elsewhere)
-    (elsewhere / "mine").mkdir()
+    (elsewhere / "step-4 of mine").mkdir()
+    (elsewhere / "step-notes").write_text("mine")
     (elsewhere / "notes.txt").write_text("mine")
     flags = ["--model", sound["model"], "--dataset", sound["data"], "--output_dir", tmp_path, "--resume"]
     assert commands.run("finetune_lowmem", "--run-name", "finetune_lowmem", *flags, "--max_steps", 6)[0] == 0
-    assert {f.name for f in elsewhere.iterdir()} == {"mine", "notes.txt", "step-6"}
+    assert {f.name for f in elsewhere.iterdir()} == {"step-4 of mine", "step-notes", "notes.txt", "step-6"}
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "/tmp/x", "a/b", "a\\b", "a\0b", "~", "a b", "", "é", "x" * 101, "..."])

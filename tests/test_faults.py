@@ -245,7 +245,7 @@ FULL = {
         "import errno, os; plain = os.fsync; count = []\n"
         "def fsync(descriptor):\n"
         "    count.append(1)\n"
-        "    if len(count) == 20:  # eight a checkpoint\n"
+        "    if len(count) == 24:  # nine a checkpoint\n"
         "        raise OSError(errno.EDQUOT, 'Disk quota exceeded')\n"
         "    plain(descriptor)\n"
         "os.fsync = fsync",
