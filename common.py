@@ -89,7 +89,8 @@ class Ending:
         self.signal = number
         if not self.waits:
             raise Interrupted
-        os.write(2, b"\nstopping after this step, once it is saved; again: at once\n")  # print may be what it cut short
+        with suppress(OSError):  # print may be what it cut short
+            os.write(2, b"\nstopping after this step, once it is saved; again: at once\n")
 
     @contextmanager
     def postponed(self):
@@ -114,6 +115,8 @@ def run_command(main):
     """
     if sys.stdout:  # none where a shell closed it
         sys.stdout.reconfigure(line_buffering=True)  # in order with the progress bars, in a log file too
+    if sys.stderr:
+        sys.stderr = _Unbroken(sys.stderr)
     try:
         with ending.listening():
             main()
@@ -125,6 +128,27 @@ def run_command(main):
         if line is None:
             raise
         sys.exit(_fail(f"error: {line}", 2))
+
+
+class _Unbroken:
+    """stderr whose reader may go away, as Ctrl-C ends a `2>&1 | tee` too: bars then go nowhere; the step is saved."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            return len(text)
+
+    def flush(self):
+        with suppress(BrokenPipeError):
+            self.stream.flush()
 
 
 def _chain(error):
