@@ -27,7 +27,7 @@ import time
 import weakref
 import zipfile
 from array import array
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -115,23 +115,28 @@ def run_command(main):
     """
     if sys.stdout:  # none where a shell closed it
         sys.stdout.reconfigure(line_buffering=True)  # in order with the progress bars, in a log file too
-    if sys.stderr:
-        sys.stderr = _Unbroken(sys.stderr)
-    try:
-        with ending.listening():
-            main()
-    except (Interrupted, Exception) as error:
-        chain = _chain(error)
-        if any(isinstance(e, Interrupted) for e in chain):  # a library may have made another error of it
-            sys.exit(_fail(f"interrupted: {ending.go_on}", 128 + ending.signal))
-        line = str(error) if isinstance(error, UserError) else next(filter(None, map(_what_ran_out, chain)), None)
-        if line is None:
-            raise
-        sys.exit(_fail(f"error: {line}", 2))
+    with redirect_stderr(_Unbroken(sys.stderr)) if sys.stderr else nullcontext():
+        try:
+            with ending.listening():
+                main()
+        except (Interrupted, Exception) as error:
+            chain = _chain(error)
+            if any(isinstance(e, Interrupted) for e in chain):  # a library may have made another error of it
+                sys.exit(_fail(f"interrupted: {ending.go_on}", 128 + ending.signal))
+            line = str(error) if isinstance(error, UserError) else next(filter(None, map(_what_ran_out, chain)), None)
+            if (
+                line is None and isinstance(error, OSError) and error.errno
+            ):  # no permission, a failing disk, a link to nowhere
+                line = f"{error.strerror}: {error.filename or 'while writing'}; {ending.go_on}"
+            if line is None:
+                raise
+            sys.exit(_fail(f"error: {line}", 2))
 
 
 class _Unbroken:
     """stderr whose reader may go away, as Ctrl-C ends a `2>&1 | tee` too: bars then go nowhere; the step is saved."""
+
+    broken = False
 
     def __init__(self, stream):
         self.stream = stream
@@ -142,13 +147,19 @@ class _Unbroken:
     def write(self, text):
         try:
             return self.stream.write(text)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        except OSError:
+            self._break()
             return len(text)
 
     def flush(self):
-        with suppress(BrokenPipeError):
+        try:
             self.stream.flush()
+        except OSError:
+            self._break()
+
+    def _break(self):
+        self.broken = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _chain(error):
@@ -175,7 +186,7 @@ def _what_ran_out(error):
         asked, free, allowed = (match and match[1] for match in (re.search(pattern, text) for pattern in words))
         missing = f"out of GPU memory: {asked or 'more'} asked, {free or 'less'} free"
         missing += f", {allowed} allowed" if allowed else ""
-    elif isinstance(error, MemoryError) or re.search("can(no|')t allocate memory", text, re.IGNORECASE):
+    elif isinstance(error, MemoryError) or re.search("can(no|')t (allocate memory|start new thread)", text, re.I):
         asked = re.search(r"tried to allocate (\d+) bytes|allocate ([\d.]+ \w+) for an array", text)
         asked = "more" if not asked else asked[2] or f"{int(asked[1]) / GIB:.2f} GiB"
         missing = f"out of host memory: {asked} asked, {free_host_memory() / GIB:.2f} GiB free"
@@ -185,7 +196,13 @@ def _what_ran_out(error):
 
 
 def _fail(line, code):
-    print("\n" + " ".join(line.split()), file=sys.stderr)
+    line = "\n" + " ".join(line.split())
+    print(line, file=sys.stderr)
+    if getattr(sys.stderr, "broken", False):
+        try:
+            print(line)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's end fails once more
     return code
 
 
@@ -311,8 +328,8 @@ def parse_arguments(parser, argv=None):
         raise UserError(f"{str(run_dir)[:200]} cannot be written: choose another --output_dir")
     if args.resume:
         with lock(run_dir):
-            if checkpoint := last_checkpoint(run_dir):
-                check_resume(args, checkpoint)
+            check_resume(args, run_dir)
+            _keep_only(last_checkpoint(run_dir), run_dir / "checkpoint")  # a kill may have left more
     return args
 
 
@@ -393,6 +410,8 @@ def _explain_loading(what, name):
 def check_model_folder(name):
     """Refuse a local model folder without config, safetensors weights or tokenizer, before anything large is read."""
     folder = Path(name)
+    if not name or folder.is_file():
+        raise UserError(f"--model {name!r} is no folder: give the folder that holds the model's files")
     if not folder.is_dir():
         return
     for patterns, what in (
@@ -414,11 +433,12 @@ def load_tokenizer(name):
     with _explain_loading("model", name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        limit = length_limit(config, tokenizer)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {name} has no EOS token, which training appends to each row: choose another model"
         )
-    return tokenizer, length_limit(config, tokenizer)
+    return tokenizer, limit
 
 
 def load_model(name, dtype):
@@ -433,7 +453,20 @@ def load_model(name, dtype):
         raise UserError(
             f"the weights of {name} lack {len(missing)} tensors of the model, {missing[0]} first: they would be random"
         )
+    if unused := sorted(report["unexpected_keys"]):
+        print(f"the model does not use {len(unused)} tensors of {name}, {unused[0]} first")
+    _make_savable(model)
     return model
+
+
+def _make_savable(model):
+    """Mend a generation_config.json that transformers reads but refuses to save, as a temperature without sampling."""
+    if model.generation_config is not None:
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:
+            model.generation_config = type(model.generation_config).from_model_config(model.config)
+            print("the model's generation_config.json contradicts itself: its defaults are saved instead")
 
 
 def empty_model(name, dtype):
@@ -520,6 +553,8 @@ def choose_trained(model, trained):
     model.requires_grad_(trained == "all")
     decoder_layers(model).requires_grad_(True)
     chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not chosen:
+        raise UserError(f"{type(model).__name__} has no decoder layers, so there is nothing to train")
     total = sum(p.numel() for p in model.parameters())
     count = sum(p.numel() for p in chosen.values())
     print(f"training {count:,} of {total:,} parameters ({100 * count / total:.1f} %)")
@@ -537,6 +572,11 @@ class Head:
         layer, config = model.get_output_embeddings(), model.config.get_text_config()
         if layer is None or model.base_model is model:
             raise UserError(f"{type(model).__name__} is not supported: its language-model head cannot be found")
+        for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
+            if not isinstance(getattr(config, name, None), int | float | None):
+                raise UserError(
+                    f"the model's config.json is damaged: {name} is {getattr(config, name)!r}, not a number"
+                )
         self.layer = layer
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self.softcap = getattr(config, "final_logit_softcapping", None)
@@ -616,6 +656,7 @@ def check_causal(model, data, batch, precision):
             model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :half].float()
             for ids in (batch.ids, changed)
         )
+        model.train().base_model(input_ids=batch.ids, use_cache=False)  # dropout may fail
     model.train(was_training)
     # equal shapes run the same kernels; 1 % leaves room for those whose sums run in another order
     if (before - after).norm() > 0.01 * before.norm():
@@ -713,11 +754,14 @@ def encode_pairs(tokenizer, pairs):
 
 def length_limit(config, tokenizer):
     """Most tokens the model takes, found as lm-evaluation-harness finds it: config, then tokenizer, then 2048."""
-    config = config.get_text_config()
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if getattr(config, name, None):
-            return getattr(config, name)
-    return tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else 2048
+    config, longest = config.get_text_config(), tokenizer.model_max_length
+    if not isinstance(longest, int | float):
+        raise ValueError(f"model_max_length {longest!r} is no number")
+    limits = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
+    limit = next(filter(None, limits), None) or (longest if longest < 10**9 else 2048)
+    if not isinstance(limit, int) or limit < 2:
+        raise ValueError(f"{limit!r} is no number of tokens that the model takes")
+    return limit
 
 
 def load_rows(args, split):
@@ -726,6 +770,8 @@ def load_rows(args, split):
 
     limit = {"train": args.train_rows, "validation": args.eval_rows}[split]
     folder = Path(args.dataset)
+    if not args.dataset or folder.is_file():
+        raise UserError(f"--dataset {args.dataset!r} is no folder: give the folder that holds train.* and validation.*")
     with _explain_loading("dataset", args.dataset):
         if (folder / "dataset_dict.json").is_file():
             splits = datasets.load_from_disk(str(folder))
@@ -768,7 +814,8 @@ def check_row(row, number, where):
             f"{where}: label {str(label)[:40]!r} is not 0, 1, 2 or 3 (HellaSwag's test split has none: use train and "
             "validation)"
         )
-    return row | {"label": int(label), "ind": row.get("ind", number)}
+    ind = row.get("ind")
+    return row | {"label": int(label), "ind": ind if isinstance(ind, int | str) else number}
 
 
 def _all_sequences(data):
@@ -1523,6 +1570,7 @@ def size_in_bytes(tensors):
 # Checkpoints: <run>/checkpoint/step-<n>/, complete as soon as it has that name
 
 
+CHECKPOINT_REST = 2**20  # bytes beside tensors and metrics: names, sums, what the file system needs
 FORMAT = 1  # of a checkpoint; one of another format is refused
 SHARD = 2**30  # bytes of a checkpoint file, so that one shard at a time is copied to host memory
 MAY_DIFFER = {
@@ -1541,40 +1589,63 @@ MAY_DIFFER = {
 
 def last_checkpoint(run_dir):
     """The newest complete checkpoint folder of a run, or None."""
-    steps = {int(f.name[5:]): f for f in Path(run_dir).glob("checkpoint/step-*") if f.name[5:].isdigit()}
+    found = [f for f in Path(run_dir).glob("checkpoint/*") if re.fullmatch("step-[0-9]+", f.name) and f.is_dir()]
+    steps = {int(f.name[5:]): f for f in found}
     return steps[max(steps)] if steps else None
 
 
 @contextmanager
 def lock(run_dir):
     """In this context no other process works on the run. Raises UserError if one does already."""
-    with open(Path(run_dir) / "metrics.jsonl", "a") as file:
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
                 f"another process is at work on {run_dir}: let it end, or take another --run-name"
             ) from error
         except OSError:
             pass  # a file system without locks
-        yield file
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def check_resume(args, folder):
-    """Refuse to go on from a checkpoint that is damaged or of another format, or with settings that change what is
-    trained. Raises UserError.
+def check_resume(args, run_dir):
+    """Refuse to go on with a folder that is no run, a checkpoint that is damaged or of another format, or settings that
+    change what is trained. Raises UserError.
     """
-    state, run_dir = _whole_state(folder), folder.parents[1]
-    saved, epoch = state["args"], state["progress"]["epoch"]
-    if args.epochs < epoch:
-        raise UserError(f"--resume: {run_dir} is in epoch {epoch} already: --epochs must be at least that")
+    if checkpoint := last_checkpoint(run_dir):
+        state = _whole_state(checkpoint)
+        saved, epoch = state["args"], state["progress"]["epoch"]
+        if args.epochs < epoch:
+            raise UserError(f"--resume: {run_dir} is in epoch {epoch} already: --epochs must be at least that")
+    else:
+        saved = _settings_at_start(run_dir) or vars(args)
+    if saved.get("script") != args.script:
+        raise UserError(f"--resume: {run_dir} was started with {saved.get('script')}.py: go on with that")
     differing = [
-        f"{'' if k == 'script' else '--'}{k} {saved.get(k)} is now {v}"
-        for k, v in vars(args).items()
-        if k not in MAY_DIFFER and saved.get(k) != v
+        f"--{k} {saved.get(k)} is now {v}" for k, v in vars(args).items() if k not in MAY_DIFFER and saved.get(k) != v
     ]
     if differing:
         raise UserError(f"--resume: {run_dir} was started with other settings: {'; '.join(differing)}")
+
+
+def _settings_at_start(run_dir):
+    """The arguments of a run that ended before its first checkpoint, None of an empty folder. Raises UserError."""
+    names = {f.name for f in run_dir.iterdir()}
+    try:
+        saved = json.loads((run_dir / "config.json").read_text())
+    except (OSError, ValueError):
+        saved = None
+    ours = isinstance(saved, dict) and {"script", "run_name"} <= saved.keys()
+    if names and not ours or names & {"summary.json", "model"}:
+        raise UserError(
+            f"--resume: {run_dir} has no checkpoint and is not a run that ended before its first one: take another "
+            "--run-name"
+        )
+    return saved if ours else None
 
 
 def _whole_state(folder):
@@ -1587,13 +1658,14 @@ def _whole_state(folder):
         if (folder / SUMS).read_text() != _sums(folder):
             raise damaged
         state = json.loads((folder / "state.json").read_text())
-    except (OSError, ValueError) as error:
+        if state["format"] != FORMAT:
+            raise UserError(
+                f"--resume: {folder} has format {state['format']} where this version reads {FORMAT}: go on with the "
+                "version that wrote it, or start again with another --run-name"
+            )
+        _ = state["args"]["script"], state["progress"]["epoch"], state["fingerprints"]["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged from error
-    if state["format"] != FORMAT:
-        raise UserError(
-            f"--resume: {folder} has format {state['format']} where this version reads {FORMAT}: go on with the "
-            "version that wrote it, or start again with another --run-name"
-        )
     return state
 
 
@@ -1613,14 +1685,24 @@ def check_content(args, folder, found):
 def fingerprints(model, trained, data):
     """{"model": ..., "dataset": ...}: what a resumed run must find again behind the same names, as short texts.
 
-    Of the model names, shapes and the sum of each weight's bits that no checkpoint holds; of the data all token ids.
+    Of the model its configuration, names, shapes, and sums over rows and columns of the bits of each weight that no
+    checkpoint holds; of the data all token ids, and labels and lengths of the endings.
     """
     model_hash, data_hash = hashlib.sha256(), hashlib.sha256()
+    config = {
+        k: v for k, v in model.config.to_diff_dict().items() if k not in ("transformers_version", "_name_or_path")
+    }
+    model_hash.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, p in model.named_parameters():
-        frozen = 0 if name in trained else p.detach().reshape(-1).view(torch.int16).sum(dtype=torch.int64).item()
-        model_hash.update(repr((name, tuple(p.shape), frozen)).encode())
+        model_hash.update(repr((name, tuple(p.shape))).encode())
+        if name not in trained:
+            bits = _as_matrix(p.detach().contiguous()).view(torch.int16)
+            for dimension in (0, 1):
+                model_hash.update(bits.sum(dimension, dtype=torch.int64).cpu().numpy().tobytes())
     for s in _all_sequences(data):
         data_hash.update(array("q", [s.targets, *s.ids]).tobytes())
+    for row in data[1]:
+        data_hash.update(repr((row.ind, row.label, row.chars)).encode())
     return {"model": model_hash.hexdigest()[:16], "dataset": data_hash.hexdigest()[:16]}
 
 
@@ -1629,8 +1711,8 @@ def need_space(folder, size, what):
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(
-            f"the disk is too full: {what} takes {size / GIB:.2f} GiB, and {free / GIB:.2f} are free for {folder}: "
-            f"make room; {ending.go_on}"
+            f"the disk is too full: {what} takes {size / 2**20:,.1f} MiB, and {free / 2**20:,.1f} are free for "
+            f"{folder}: make room; {ending.go_on}"
         )
 
 
@@ -1640,24 +1722,26 @@ def save_checkpoint(run_dir, state, metrics, trained, optimizer):
     """
     final = Path(run_dir) / "checkpoint" / f"step-{state['progress']['step']}"
     partial = final.with_name("partial")
-    _keep_only(last_checkpoint(run_dir), partial.parent)  # a kill may have left more
     optimizer_state = {
         f"{name}/{key}": value for name, p in trained.items() for key, value in optimizer.state.get(p, {}).items()
     }
     random_states = _random_states(optimizer)
     size = size_in_bytes([*trained.values(), *optimizer_state.values(), *random_states.values()])
-    need_space(run_dir, size + len(metrics) + 2**20, "a checkpoint")  # 1 MiB: names, sums, file system
-    partial.mkdir(parents=True)
-    _save_shards(partial, "weights", trained)
-    _save_shards(partial, "optimizer", optimizer_state)
-    _save_shards(partial, "random", random_states)
-    state = {"format": FORMAT, **state, "python_random": random.getstate()}
-    (partial / "state.json").write_text(json.dumps(state))
-    (partial / "metrics.jsonl").write_bytes(metrics)
-    (partial / SUMS).write_text(_sums(partial))
-    for path in [*partial.iterdir(), partial]:
-        _flush(path)
-    partial.rename(final)
+    need_space(run_dir, size + len(metrics) + CHECKPOINT_REST, "a checkpoint")
+    try:
+        partial.mkdir(parents=True)
+        _save_shards(partial, "weights", trained)
+        _save_shards(partial, "optimizer", optimizer_state)
+        _save_shards(partial, "random", random_states)
+        state = {"format": FORMAT, **state, "python_random": random.getstate()}
+        (partial / "state.json").write_text(json.dumps(state))
+        (partial / "metrics.jsonl").write_bytes(metrics)
+        (partial / SUMS).write_text(_sums(partial))
+        _flush_all(partial)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # the room may be all that is missing
+        raise
     _flush(final.parent)
     _flush(run_dir)
     _keep_only(final, partial.parent)
@@ -1666,8 +1750,12 @@ def save_checkpoint(run_dir, state, metrics, trained, optimizer):
 def _keep_only(checkpoint, folder):
     """Remove all other checkpoints, whole or not, from a run's checkpoint folder, and nothing else."""
     for other in folder.glob("*"):
-        if re.fullmatch(r"step-\d+|partial", other.name) and other.is_dir() and other != checkpoint:
+        if re.fullmatch(r"step-[0-9]+|partial", other.name) and other != checkpoint and _is_folder(other):
             shutil.rmtree(other)
+
+
+def _is_folder(path):
+    return path.is_dir() and not path.is_symlink()
 
 
 SUMS = "SHA256SUMS"  # as the command sha256sum writes and checks
@@ -1683,6 +1771,19 @@ def _sums(folder):
                     sha256.update(chunk)
             lines.append(f"{sha256.hexdigest()}  {file.name}\n")
     return "".join(lines)
+
+
+def _flush_all(folder):
+    for path in [*folder.iterdir(), folder]:
+        _flush(path)
+
+
+def _write_whole(path, text):
+    """Write a file that is at every instant the old one or the new one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    _flush(partial)
+    partial.replace(path)
 
 
 def _flush(path):
@@ -1809,14 +1910,17 @@ class Run:
             "eval": [],
         }
         self.dir = Path(args.output_dir) / args.run_name
-        checkpoint = last_checkpoint(self.dir) if args.resume else None
         self.state = {"args": vars(args), "fingerprints": fingerprints(model, trained, data)}
+        self._need_space(copies=1 if args.resume and last_checkpoint(self.dir) else 2)
+        try:
+            self.dir.mkdir(parents=True, exist_ok=args.resume)
+        except FileExistsError as error:
+            raise UserError(f"{self.dir} was made meanwhile by another process: take another --run-name") from error
+        self.open = ExitStack()  # until the process ends
+        self.open.enter_context(lock(self.dir))
+        checkpoint = last_checkpoint(self.dir) if args.resume else None
         if checkpoint:
             check_content(args, checkpoint, self.state["fingerprints"])
-        self._need_space(copies=1 if checkpoint else 2)
-        self.dir.mkdir(parents=True, exist_ok=True)
-        self.open = ExitStack()  # until the process ends
-        self.metrics = self.open.enter_context(lock(self.dir))
         seed_everything(args.seed)  # whatever loading and the start-up checks drew
         self.saved_step, self.checkpoint_due, metrics = None, False, b""
         ending.go_on = "the same command with --resume starts from the beginning"
@@ -1835,9 +1939,14 @@ class Run:
         self.seconds_to_first_step = None
 
     def _need_space(self, copies):
-        """Raise UserError if the disk has no room for so many checkpoints' weights and the model."""
+        """Raise UserError if the disk has no room for so many checkpoints and the model."""
         existing = next(p for p in [self.dir.resolve(), *self.dir.resolve().parents] if p.exists())
-        size = size_in_bytes(self.trained.values()) * copies if self.args.epochs else 0
+        weights, size = size_in_bytes(self.trained.values()), 0
+        if self.args.epochs:
+            state = size_in_bytes(x for tensors in self.optimizer.state.values() for x in tensors.values())
+            if isinstance(self.optimizer, torch.optim.Adam) and not state:  # made in the first step
+                state = 2 * weights
+            size = copies * (weights + state + CHECKPOINT_REST)
         if not self.args.no_save_model:
             size += size_in_bytes(self.model.parameters())
         need_space(existing, size, "what this run saves")
@@ -1846,8 +1955,8 @@ class Run:
         """Open metrics.jsonl and TensorBoard's events as they were at the checkpoint; metrics: the former's text."""
         from torch.utils.tensorboard import SummaryWriter
 
-        (self.dir / "config.json").write_text(json.dumps(vars(self.args), indent=1))
-        self.metrics.truncate(0)
+        _write_whole(self.dir / "config.json", json.dumps(vars(self.args), indent=1))
+        self.metrics = self.open.enter_context((self.dir / "metrics.jsonl").open("w"))
         self.metrics.write(metrics)
         self.metrics.flush()
         self.board = SummaryWriter(str(self.dir), purge_step=self.progress["step"] if self.args.resume else None)
@@ -1884,6 +1993,8 @@ class Run:
                         break
                     yield collate([self.train[row] for row in rows], self.limit, self.pad_to).to(self.device)
             self._stop_clock()
+            if self.progress["step"] and self.bad_steps.item() >= min(BAD_STEPS, self.progress["step"]):
+                self._end_a_bad_run()  # all of them, of a run that ends before so many
             self.checkpoint()
         ending.check()
 
@@ -1917,7 +2028,9 @@ class Run:
                 refresh=False,
             )
         self.bar.update()
-        self._end_a_bad_run()
+        self.bad_steps_seen.copy_(self.bad_steps, non_blocking=True)
+        if self.bad_steps_seen.item() >= BAD_STEPS:  # seen without waiting for the device: up to a second late
+            self._end_a_bad_run()
         if progress["step"] % self.args.log_every == 0:
             total, number = self.losses.tolist()
             self._log(
@@ -1938,15 +2051,13 @@ class Run:
             self._start_clock()
 
     def _end_a_bad_run(self):
-        """The host sees what the device counts without waiting for it, up to a second late."""
-        self.bad_steps_seen.copy_(self.bad_steps, non_blocking=True)
-        if self.bad_steps_seen.item() >= BAD_STEPS:
-            raise UserError(
-                f"{BAD_STEPS} steps in a row, up to step {self.progress['step']}, had updates that are not finite, "
-                f"{self.optimizer.skipped.item()} in all: the run has diverged, or data or machine are faulty; "
-                f"{ending.go_on}, which is from before; if it comes back, start again with a smaller --lr and another "
-                "--run-name"
-            )
+        step = self.progress["step"]
+        raise UserError(
+            f"{min(BAD_STEPS, step)} steps in a row, up to step {step}, had updates that are not finite, "
+            f"{self.optimizer.skipped.item()} in all: the run has diverged, or data or machine are faulty; "
+            f"{ending.go_on}, saved before them; if it comes back, start again with a smaller --lr and another "
+            "--run-name"
+        )
 
     def checkpoint(self):
         """Save, unless this step is saved already or left updates out: then the last checkpoint, from before, stays."""
@@ -2023,8 +2134,7 @@ class Run:
             "ledger_gib": self._ledger(),
             "versions": versions(self.device),
         }
-        (self.dir / "summary.partial").write_text(json.dumps(summary, indent=1))
-        (self.dir / "summary.partial").replace(self.dir / "summary.json")  # where it is, it is whole
+        _write_whole(self.dir / "summary.json", json.dumps(summary, indent=1))
         print_summary(summary, self.dir)
         return summary
 
@@ -2036,8 +2146,15 @@ class Run:
         with self.at_home():
             self.model.save_pretrained(partial, max_shard_size=SHARD)
         self.tokenizer.save_pretrained(partial)
-        shutil.rmtree(final, ignore_errors=True)
+        _flush_all(partial)
+        old = self.dir / "model.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if final.is_symlink():
+            final.unlink()
+        elif final.exists():
+            final.rename(old)
         partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _ledger(self):
         """{part: GiB} of the training phase's peak; on a GPU of the allocated bytes, on a CPU of the resident ones."""

@@ -80,6 +80,11 @@ MODEL = {
     "tokenizer_config cut": (lambda f: cut(f / "tokenizer_config.json"), "cannot be loaded: its files"),
     "tokenizer without EOS": (lambda f: [change_json(f / "tokenizer_config.json", eos_token=...), (f / "special_tokens_map.json").unlink(missing_ok=True)], "has no EOS token"),
     "tokenizer of a larger vocabulary": (lambda f: make_model(vocab_size=100).save_pretrained(f), "they do not belong together"),
+    "text for a scale": (lambda f: change_json(f / "config.json", logits_scaling="x"), "logits_scaling is 'x', not a number"),
+    "no layers": (lambda f: make_model(num_hidden_layers=0).save_pretrained(f), "there is nothing to train"),
+    "dropout of 5": (lambda f: change_json(f / "config.json", attention_dropout=5.0), "is not supported: dropout probability"),
+    "text for a length": (lambda f: [change_json(f / "config.json", max_position_embeddings=...), change_json(f / "tokenizer_config.json", model_max_length="x")], "cannot be loaded: its files"),
+    "a negative length": (lambda f: change_json(f / "config.json", max_position_embeddings=-5), "-5 is no number of tokens"),
     "code of its own": (lambda f: own_code(f), "needs code of its own, which is never run here"),
 }  # fmt: skip
 
@@ -182,7 +187,11 @@ CHECKPOINT = {
     "an empty folder": (lambda r: [f.unlink() for f in step_folder(r).iterdir()], "is damaged"),
     "a file too many": (lambda r: (step_folder(r) / "weights-00001.safetensors").write_bytes(b"x"), "is damaged"),
     "another version's": (lambda r: rewritten(r, format=99), "has format 99 where this version reads 1"),
-    "another script's": (lambda r: rewritten(r, args=json.loads((step_folder(r) / "state.json").read_text())["args"] | {"script": "other"}), "was started with other settings: script other is now"),
+    "a state without its parts": (lambda r: rewritten(r, progress={}), "is damaged"),
+    "another script's": (lambda r: rewritten(r, args=json.loads((step_folder(r) / "state.json").read_text())["args"] | {"script": "other"}), "was started with other.py: go on with that"),
+    "no checkpoint of a finished run": (lambda r: shutil.rmtree(r / "checkpoint"), "has no checkpoint and is not a run that ended before its first one"),
+    "a model folder": (lambda r: [shutil.rmtree(r / "checkpoint"), (r / "summary.json").unlink(), shutil.rmtree(r / "model"), (r / "config.json").write_text('{"model_type": "llama"}')], "has no checkpoint and is not a run"),
+    "no checkpoint, other settings": (lambda r: [shutil.rmtree(r / "checkpoint"), (r / "summary.json").unlink(), shutil.rmtree(r / "model"), change_json(r / "config.json", seed=7)], "was started with other settings: --seed 7 is now 42"),
 }  # fmt: skip
 
 
@@ -248,8 +257,86 @@ def test_damaged_checkpoints_are_refused(script, name, sound, commands, tmp_path
     assert contents(tmp_path) == before
 
 
+SAME_NAME = {
+    "labels": ("data", lambda d: write_jsonl(d / "validation.jsonl", [r | {"label": str((int(r["label"]) + 1) % 4)} for r in (json.loads(line) for line in (d / "validation.jsonl").read_text().splitlines())]), "--dataset"),
+    "a training row": ("data", lambda d: write_jsonl(d / "train.jsonl", many_rows(60, seed=9)), "--dataset"),
+    "heads": ("model", lambda m: change_json(m / "config.json", num_attention_heads=8, num_key_value_heads=4, head_dim=4), "--model"),
+    "the activation function": ("model", lambda m: change_json(m / "config.json", hidden_act="relu"), "--model"),
+    "the order of frozen rows": ("model", lambda m: change_weights(m, lambda w: w.update({"model.embed_tokens.weight": w["model.embed_tokens.weight"].flip(0).contiguous()})), "--model"),
+    "the order of frozen columns": ("model", lambda m: change_weights(m, lambda w: w.update({"lm_head.weight": w["lm_head.weight"].flip(1).contiguous()})), "--model"),
+}  # fmt: skip
+
+
+@both_scripts
+@pytest.mark.parametrize("name", SAME_NAME)
+def test_other_content_behind_the_same_name_is_refused(script, name, sound, commands, tmp_path):
+    kind, change, flag = SAME_NAME[name]
+    for part in ("model", "data"):
+        shutil.copytree(sound[part], tmp_path / part)
+    flags = ["--model", tmp_path / "model", "--dataset", tmp_path / "data", "--output_dir", tmp_path / "runs"]
+    assert commands.run(script, "--run-name", "x", *flags, "--max_steps", 2)[0] == 0
+    assert commands.run(script, "--run-name", "x", *flags, "--max_steps", 3, "--resume")[0] == 0
+    change(tmp_path / kind)
+    before = contents(tmp_path)
+    said = refused(commands, script, "--run-name", "x", *flags, "--resume")
+    assert f"{flag} {tmp_path / kind} no longer holds what" in said
+    assert contents(tmp_path) == before
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is odd but sound trains
+
+
+def test_a_generation_config_that_cannot_be_saved_costs_no_model(sound, commands, tmp_path):
+    """transformers reads a temperature without sampling, and refuses to write it."""
+    shutil.copytree(sound["model"], tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "top_p": 0.9}')
+    flags = ["--model", tmp_path / "model", "--dataset", sound["data"], "--output_dir", tmp_path, "--max_steps", 1]
+    code, out, err = commands.run("finetune_lowmem", "--run-name", "x", *flags)
+    assert code == 0, err
+    assert "generation_config.json contradicts itself" in out
+    assert (tmp_path / "x" / "model" / "config.json").exists()
+
+
+def test_tensors_that_the_model_does_not_use_are_named(sound, commands, tmp_path):
+    shutil.copytree(sound["model"], tmp_path / "model")
+    change_json(tmp_path / "model" / "config.json", num_hidden_layers=1)
+    flags = ["--model", tmp_path / "model", "--dataset", sound["data"], "--output_dir", tmp_path, "--epochs", 0]
+    _, out, _ = commands.run("finetune_lowmem", "--run-name", "x", *flags)
+    assert "the model does not use 9 tensors of" in out
+
+
+def test_a_model_that_is_a_link_is_replaced_and_what_it_leads_to_is_kept(sound, commands, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "keep").touch()
+    shutil.copytree(sound["finetune_lowmem"], tmp_path / "finetune_lowmem")
+    shutil.rmtree(tmp_path / "finetune_lowmem" / "model")
+    (tmp_path / "finetune_lowmem" / "model").symlink_to(tmp_path / "mine")
+    flags = ["--model", sound["model"], "--dataset", sound["data"], "--output_dir", tmp_path, "--resume"]
+    assert commands.run("finetune_lowmem", "--run-name", "finetune_lowmem", *flags, "--max_steps", 4)[0] == 0
+    assert (tmp_path / "finetune_lowmem" / "model" / "config.json").exists()
+    assert [f.name for f in (tmp_path / "mine").iterdir()] == ["keep"]
+
+
+def test_a_run_made_meanwhile_is_kept(sound, commands, tmp_path):
+    """Two commands of one name, both before they make the folder; the other one has ended when this one comes to it."""
+    other = "import common; from pathlib import Path; plain = common.load_model\n"
+    other += f"common.load_model = lambda *a: (Path({str(tmp_path / 'x')!r}).mkdir(), plain(*a))[1]"
+    flags = ["--model", sound["model"], "--dataset", sound["data"], "--output_dir", tmp_path]
+    code, _, err = commands.run("finetune_lowmem", "--run-name", "x", *flags, first=other)
+    assert code == 2
+    assert "x was made meanwhile by another process: take another --run-name" in err
+    assert not list((tmp_path / "x").iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--model", "--dataset"])
+def test_a_file_or_nothing_for_a_folder_is_refused(flag, sound, commands, tmp_path):
+    flags = {"--model": sound["model"], "--dataset": sound["data"], "--output_dir": tmp_path / "runs"}
+    for value in ("", next(sound[{"--model": "model", "--dataset": "data"}[flag]].iterdir())):
+        given = [x for pair in (flags | {flag: value}).items() for x in pair]
+        assert f"error: {flag} '{value}' is no folder" in refused(
+            commands, "finetune_lowmem", "--run-name", "x", *given
+        )
 
 
 @both_scripts

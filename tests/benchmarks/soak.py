@@ -84,7 +84,7 @@ def worker(name, args):
         argv += ["--eval_rows", "100", "--log_every", "100", "--save_every", "1100", "--no_save_model", *CASES[name]]
         summary = finetune_lowmem.main([*argv, "--max_steps", str(STEPS)])
         start = time.perf_counter()
-        common.check_resume(finetune_lowmem.parse([*argv, "--resume"]), common.last_checkpoint(Path(folder) / "x"))
+        common.check_resume(finetune_lowmem.parse([*argv, "--resume"]), Path(folder) / "x")
         checked = (time.perf_counter() - start) / 2  # parsing checks too
     first, last = watch.memory
     result = {"case": name, "commit": args.commit, "steps": summary["steps"], "memory": watch.memory}
