@@ -124,9 +124,7 @@ def run_command(main):
             if any(isinstance(e, Interrupted) for e in chain):  # a library may have made another error of it
                 sys.exit(_fail(f"interrupted: {ending.go_on}", 128 + ending.signal))
             line = str(error) if isinstance(error, UserError) else next(filter(None, map(_what_ran_out, chain)), None)
-            if (
-                line is None and isinstance(error, OSError) and error.errno
-            ):  # no permission, a failing disk, a link to nowhere
+            if line is None and isinstance(error, OSError) and error.errno:  # no permission, a disk that fails
                 line = f"{error.strerror}: {error.filename or 'while writing'}; {ending.go_on}"
             if line is None:
                 raise
@@ -369,9 +367,7 @@ def _explain_loading(what, name):
         yield
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # the libraries raise OSError, ValueError, KeyError and their own for damaged files alike
+    except Exception as error:  # of damaged files the libraries make OSError, ValueError, KeyError and their own
         chain = _chain(error)
         if any(map(_what_ran_out, chain)):
             raise
@@ -1685,8 +1681,8 @@ def check_content(args, folder, found):
 def fingerprints(model, trained, data):
     """{"model": ..., "dataset": ...}: what a resumed run must find again behind the same names, as short texts.
 
-    Of the model its configuration, names, shapes, and sums over rows and columns of the bits of each weight that no
-    checkpoint holds; of the data all token ids, and labels and lengths of the endings.
+    Of the model its configuration, names, shapes, and the weights that no checkpoint holds; of the data all token ids,
+    and labels and lengths of the endings.
     """
     model_hash, data_hash = hashlib.sha256(), hashlib.sha256()
     config = {
@@ -1696,9 +1692,8 @@ def fingerprints(model, trained, data):
     for name, p in model.named_parameters():
         model_hash.update(repr((name, tuple(p.shape))).encode())
         if name not in trained:
-            bits = _as_matrix(p.detach().contiguous()).view(torch.int16)
-            for dimension in (0, 1):
-                model_hash.update(bits.sum(dimension, dtype=torch.int64).cpu().numpy().tobytes())
+            for part in p.detach().flatten().view(torch.int16).split(2**24):  # 32 MiB of host memory at a time
+                model_hash.update(part.cpu().numpy())
     for s in _all_sequences(data):
         data_hash.update(array("q", [s.targets, *s.ids]).tobytes())
     for row in data[1]:

@@ -142,9 +142,8 @@ class Copies:
     """Copies between host and device memory that run beside the computation, on a stream for each direction."""
 
     def __init__(self, device):
-        self.backend = (
-            torch.cuda if device.type == "cuda" else torch.cpu
-        )  # whose streams do nothing: copies are done at once
+        # torch.cpu's streams do nothing: copies are done at once
+        self.backend = torch.cuda if device.type == "cuda" else torch.cpu
         self.fetching, self.sending = self.backend.Stream(), self.backend.Stream()
         self.arrived, self.busy = {}, set()
 

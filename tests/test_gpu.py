@@ -156,7 +156,7 @@ def test_twenty_bad_steps_end_a_run_of_graphs(run, tmp_path):
     said = run("r", "--epochs", 9, "--save_every", 5, first=fault, ends=2)
     step = int(re.search(r"20 steps in a row, up to step (\d+), had updates that are not finite", said)[1])
     assert 32 <= step <= 80
-    assert "goes on from step 10, which is from before" in said
+    assert "goes on from step 10, saved before them" in said
     assert [f.name for f in (tmp_path / "r" / "checkpoint").iterdir()] == ["step-10"]
 
 
