@@ -1567,7 +1567,7 @@ def size_in_bytes(tensors):
 
 
 CHECKPOINT_REST = 2**20  # bytes beside tensors and metrics: names, sums, what the file system needs
-FORMAT = 1  # of a checkpoint; one of another format is refused
+FORMAT = 2  # of a checkpoint; one of another format is refused
 SHARD = 2**30  # bytes of a checkpoint file, so that one shard at a time is copied to host memory
 MAY_DIFFER = {
     "run_name",

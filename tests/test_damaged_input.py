@@ -186,7 +186,7 @@ CHECKPOINT = {
     "state empty": (lambda r: (step_folder(r) / "state.json").write_text(""), "is damaged"),
     "an empty folder": (lambda r: [f.unlink() for f in step_folder(r).iterdir()], "is damaged"),
     "a file too many": (lambda r: (step_folder(r) / "weights-00001.safetensors").write_bytes(b"x"), "is damaged"),
-    "another version's": (lambda r: rewritten(r, format=99), "has format 99 where this version reads 1"),
+    "another version's": (lambda r: rewritten(r, format=99), f"has format 99 where this version reads {common.FORMAT}"),
     "a state without its parts": (lambda r: rewritten(r, progress={}), "is damaged"),
     "another script's": (lambda r: rewritten(r, args=json.loads((step_folder(r) / "state.json").read_text())["args"] | {"script": "other"}), "was started with other.py: go on with that"),
     "no checkpoint of a finished run": (lambda r: shutil.rmtree(r / "checkpoint"), "has no checkpoint and is not a run that ended before its first one"),
