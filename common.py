@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 import zipfile
@@ -64,7 +65,8 @@ class Interrupted(BaseException):
 
 
 class Ending:
-    """How the command ends before its time: what SIGINT and SIGTERM do, and what its last line says of going on.
+    """How the command ends before its time: what SIGINT, SIGTERM and SIGHUP (the terminal is gone) do, and what its
+    last line says of going on.
 
     The first signal raises Interrupted at once or, within `postponed()`, when `check()` is called: a step, its
     checkpoint included, is never cut in two. The second ends the process on the spot.
@@ -76,7 +78,10 @@ class Ending:
     @contextmanager
     def listening(self):
         vars(self).clear()  # all as above
-        before = {number: signal.signal(number, self._received) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._received) for number in numbers}
         try:
             yield
         finally:
@@ -111,10 +116,11 @@ ending = Ending()  # the process has one
 def run_command(main):
     """Run `main()` as a command: what a user can mend ends in one line on stderr and exit code 2.
 
-    SIGINT and SIGTERM end in one line and exit codes 130 and 143.
+    SIGINT, SIGTERM and SIGHUP end in one line and exit codes 130, 143 and 129.
     """
     if sys.stdout:  # none where a shell closed it
         sys.stdout.reconfigure(line_buffering=True)  # in order with the progress bars, in a log file too
+    threading.excepthook = _say_nothing_of_os_errors
     with redirect_stderr(_Unbroken(sys.stderr)) if sys.stderr else nullcontext():
         try:
             with ending.listening():
@@ -124,11 +130,19 @@ def run_command(main):
             if any(isinstance(e, Interrupted) for e in chain):  # a library may have made another error of it
                 sys.exit(_fail(f"interrupted: {ending.go_on}", 128 + ending.signal))
             line = str(error) if isinstance(error, UserError) else next(filter(None, map(_what_ran_out, chain)), None)
+            if isinstance(error, BrokenPipeError):
+                line = f"nothing reads what the run prints any more; {ending.go_on}"
             if line is None and isinstance(error, OSError) and error.errno:  # no permission, a disk that fails
                 line = f"{error.strerror}: {error.filename or 'while writing'}; {ending.go_on}"
             if line is None:
                 raise
             sys.exit(_fail(f"error: {line}", 2))
+
+
+def _say_nothing_of_os_errors(hook, plain=threading.excepthook):
+    """No traceback of a full disk from TensorBoard's thread: it tells the main thread too, which ends with our line."""
+    if not isinstance(hook.exc_value, OSError):
+        plain(hook)
 
 
 class _Unbroken:
@@ -169,16 +183,14 @@ def _chain(error):
 
 
 def _what_ran_out(error):
-    """The line for an error that says that the disk, the GPU's or the host's memory, or the reader of a pipe, is gone;
-    for others None.
-    """
+    """The line for an error that says that the disk is full, or the GPU's or the host's memory; for others None."""
     text = str(error)
-    if isinstance(error, BrokenPipeError):
-        return f"nothing reads what the run prints any more; {ending.go_on}"
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # safetensors has an error of its own, with the system's words
-    if getattr(error, "errno", None) in full or re.search("No space left|quota exceeded|File too large", text):
+    words = r"No space left on device|Disk quota exceeded|File too large \(os error"
+    if getattr(error, "errno", None) in full or re.search(words, text):
         return f"the disk is full: make room; {ending.go_on}"
-    if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in text:
+    of_cuda = r"CUDA.*out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"  # the driver's, Triton's and the libraries' words
+    if isinstance(error, torch.OutOfMemoryError) or re.search(of_cuda, text):
         size = r"([\d.]+ \w+)"
         words = (f"Tried to allocate {size}", f"of which {size} is free", f"{size} allowed")
         asked, free, allowed = (match and match[1] for match in (re.search(pattern, text) for pattern in words))
@@ -318,7 +330,7 @@ def parse_arguments(parser, argv=None):
     if not args.resume and os.path.lexists(run_dir):  # a link to nowhere counts
         raise UserError(f"{run_dir} exists: take another --run-name, or go on with it with --resume")
     try:
-        existing = next(p for p in [run_dir.resolve(), *run_dir.resolve().parents] if p.exists())
+        existing = _existing(run_dir)
         writable = existing.is_dir() and os.access(existing, os.W_OK)
     except (OSError, RuntimeError):  # a name too long, links in a circle
         writable = False
@@ -946,6 +958,11 @@ def collate(sequences, limit, multiple=8):
     return Batch.of(ids, labels, tokens=sum(len(s.ids) - 1 for s in sequences))
 
 
+def batch_shape(sequences, multiple, limit):
+    """(rows, length, targets) of the batch that `collate` makes of the sequences."""
+    return len(sequences), max(padded_lengths(sequences, multiple, limit)), sum(s.targets for s in sequences)
+
+
 def padded_lengths(sequences, multiple, limit):
     """The lengths that batches of such sequences can have."""
     return {_padded(len(s.ids) - 1, multiple, limit) for s in sequences}
@@ -1013,22 +1030,29 @@ def target_log_probs(model, head, batch, precision):
     return head.log_probs(hidden_states(model, batch, precision), batch.targets)
 
 
+def evaluation_order(rows, tokens_per_batch, pad_to):
+    """The batches of an evaluation as lists of (row, ending) indices: like lengths together, the longest first, about
+    `tokens_per_batch` tokens in each.
+    """
+    flat = [(r, e) for r in range(len(rows)) for e in range(4)]
+    flat.sort(key=lambda at: -len(rows[at[0]].sequences[at[1]].ids))
+    while flat:
+        longest = len(rows[flat[0][0]].sequences[flat[0][1]].ids) - 1
+        count = max(1, tokens_per_batch // (-(-longest // pad_to) * pad_to))
+        yield flat[:count]
+        flat = flat[count:]
+
+
 @torch.no_grad()
 def evaluate(model, rows, device, limit, log_probs_of, tokens_per_batch=1024, pad_to=8):
     """[[four summed log-probabilities]] of `rows` (EvalRow), each an fp32 sum over the continuation's tokens.
 
-    log_probs_of: function(Batch on `device`) -> `target_log_probs`. Sequences of like length go together, about
-    `tokens_per_batch` tokens at a time: no [rows, tokens, vocabulary] array exists.
+    log_probs_of: function(Batch on `device`) -> `target_log_probs`. No [rows, tokens, vocabulary] array exists.
     """
-    flat = [(r, e) for r in range(len(rows)) for e in range(4)]
-    flat.sort(key=lambda at: -len(rows[at[0]].sequences[at[1]].ids))
     scores, was_training, done = [[0.0] * 4 for _ in rows], model.training, []
     model.eval()
     with tqdm(total=len(rows), desc="evaluating", unit="row", mininterval=0.5) as bar:
-        while flat:
-            longest = len(rows[flat[0][0]].sequences[flat[0][1]].ids) - 1
-            count = max(1, tokens_per_batch // (-(-longest // pad_to) * pad_to))
-            chosen, flat = flat[:count], flat[count:]
+        for chosen in evaluation_order(rows, tokens_per_batch, pad_to):
             batch = collate([rows[r].sequences[e] for r, e in chosen], limit, pad_to)
             done.append((chosen, batch.positions // batch.ids.shape[1], log_probs_of(batch.to(device))))
             bar.update(len(chosen) / 4)
@@ -1482,7 +1506,7 @@ class Memory:
                 "device": total - free + torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved(),
             }
         else:
-            import resource  # not on Windows
+            import resource
 
             unit = 1 if sys.platform == "darwin" else 1024
             now = {"device": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
@@ -1569,6 +1593,7 @@ def size_in_bytes(tensors):
 CHECKPOINT_REST = 2**20  # bytes beside tensors and metrics: names, sums, what the file system needs
 FORMAT = 2  # of a checkpoint; one of another format is refused
 SHARD = 2**30  # bytes of a checkpoint file, so that one shard at a time is copied to host memory
+HASHED = 2**25  # bytes in host memory at a time, of files and weights that are hashed
 MAY_DIFFER = {
     "run_name",
     "output_dir",
@@ -1592,20 +1617,23 @@ def last_checkpoint(run_dir):
 
 @contextmanager
 def lock(run_dir):
-    """In this context no other process works on the run. Raises UserError if one does already."""
-    descriptor = os.open(run_dir, os.O_RDONLY)
-    try:
+    """In this context no other process works on the run; yields its metrics.jsonl, the locked file, if it has one.
+
+    Raises UserError if another process does already.
+    """
+    if not (run_dir / "metrics.jsonl").is_file():
+        yield
+        return
+    with open(run_dir / "metrics.jsonl", "r+") as file:  # to be written, or NFS has no exclusive lock for it
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
                 f"another process is at work on {run_dir}: let it end, or take another --run-name"
             ) from error
         except OSError:
             pass  # a file system without locks
-        yield
-    finally:
-        os.close(descriptor)
+        yield file
 
 
 def check_resume(args, run_dir):
@@ -1630,13 +1658,13 @@ def check_resume(args, run_dir):
 
 def _settings_at_start(run_dir):
     """The arguments of a run that ended before its first checkpoint, None of an empty folder. Raises UserError."""
-    names = {f.name for f in run_dir.iterdir()}
+    names = {f.name for f in run_dir.iterdir()} - {"config.partial", "metrics.jsonl"}  # which come before config.json
     try:
         saved = json.loads((run_dir / "config.json").read_text())
     except (OSError, ValueError):
         saved = None
     ours = isinstance(saved, dict) and {"script", "run_name"} <= saved.keys()
-    if names and not ours or names & {"summary.json", "model"}:
+    if names and not ours or "summary.json" in names:
         raise UserError(
             f"--resume: {run_dir} has no checkpoint and is not a run that ended before its first one: take another "
             "--run-name"
@@ -1692,7 +1720,7 @@ def fingerprints(model, trained, data):
     for name, p in model.named_parameters():
         model_hash.update(repr((name, tuple(p.shape))).encode())
         if name not in trained:
-            for part in p.detach().flatten().view(torch.int16).split(2**24):  # 32 MiB of host memory at a time
+            for part in p.detach().flatten().view(torch.uint8).split(HASHED):
                 model_hash.update(part.cpu().numpy())
     for s in _all_sequences(data):
         data_hash.update(array("q", [s.targets, *s.ids]).tobytes())
@@ -1701,8 +1729,15 @@ def fingerprints(model, trained, data):
     return {"model": model_hash.hexdigest()[:16], "dataset": data_hash.hexdigest()[:16]}
 
 
+def _existing(path):
+    """The path, links followed, or the nearest folder above it that is there."""
+    path = path.resolve()
+    return next(p for p in [path, *path.parents] if p.exists())
+
+
 def need_space(folder, size, what):
-    """Raise UserError if `size` bytes for `what` do not fit on the disk of `folder`."""
+    """Raise UserError if `size` bytes for `what` do not fit on the disk of `folder`, which need not be there yet."""
+    folder = _existing(folder)
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(
@@ -1722,7 +1757,7 @@ def save_checkpoint(run_dir, state, metrics, trained, optimizer):
     }
     random_states = _random_states(optimizer)
     size = size_in_bytes([*trained.values(), *optimizer_state.values(), *random_states.values()])
-    need_space(run_dir, size + len(metrics) + CHECKPOINT_REST, "a checkpoint")
+    need_space(final.parent, size + len(metrics) + CHECKPOINT_REST, "a checkpoint")
     try:
         partial.mkdir(parents=True)
         _save_shards(partial, "weights", trained)
@@ -1762,7 +1797,7 @@ def _sums(folder):
         if file.name != SUMS:
             with open(file, "rb") as content:
                 sha256 = hashlib.sha256()
-                while chunk := content.read(2**22):
+                while chunk := content.read(HASHED):
                     sha256.update(chunk)
             lines.append(f"{sha256.hexdigest()}  {file.name}\n")
     return "".join(lines)
@@ -1800,8 +1835,8 @@ def load_checkpoint(folder, trained, optimizer):
         p, state = trained[name], optimizer.state[trained[name]]
         if key in state:  # where it is, which for a streamed p is not where p is now
             state[key].copy_(value)
-        else:
-            state[key] = value if key == "step" else value.to(p.device)  # torch keeps Adam's step on the host
+        else:  # torch keeps Adam's step on the host. A copy: `value` holds its file, which is to be removed
+            state[key] = value.to("cpu" if key == "step" else p.device, copy=True)
     states = dict(_load_shards(folder, "random"))
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
@@ -1912,7 +1947,8 @@ class Run:
         except FileExistsError as error:
             raise UserError(f"{self.dir} was made meanwhile by another process: take another --run-name") from error
         self.open = ExitStack()  # until the process ends
-        self.open.enter_context(lock(self.dir))
+        (self.dir / "metrics.jsonl").touch()
+        self.metrics = self.open.enter_context(lock(self.dir))
         checkpoint = last_checkpoint(self.dir) if args.resume else None
         if checkpoint:
             check_content(args, checkpoint, self.state["fingerprints"])
@@ -1935,23 +1971,24 @@ class Run:
 
     def _need_space(self, copies):
         """Raise UserError if the disk has no room for so many checkpoints and the model."""
-        existing = next(p for p in [self.dir.resolve(), *self.dir.resolve().parents] if p.exists())
-        weights, size = size_in_bytes(self.trained.values()), 0
+        weights, checkpoints = size_in_bytes(self.trained.values()), 0
         if self.args.epochs:
             state = size_in_bytes(x for tensors in self.optimizer.state.values() for x in tensors.values())
             if isinstance(self.optimizer, torch.optim.Adam) and not state:  # made in the first step
                 state = 2 * weights
-            size = copies * (weights + state + CHECKPOINT_REST)
-        if not self.args.no_save_model:
-            size += size_in_bytes(self.model.parameters())
-        need_space(existing, size, "what this run saves")
+            checkpoints = copies * (weights + state + CHECKPOINT_REST)
+        model = 0 if self.args.no_save_model else size_in_bytes(self.model.parameters())
+        if (self.dir / "checkpoint").is_symlink():  # to a larger disk
+            need_space(self.dir / "checkpoint", checkpoints, "what this run saves")
+            checkpoints = 0
+        need_space(self.dir, checkpoints + model, "what this run saves")
 
     def _open_records(self, metrics):
         """Open metrics.jsonl and TensorBoard's events as they were at the checkpoint; metrics: the former's text."""
         from torch.utils.tensorboard import SummaryWriter
 
         _write_whole(self.dir / "config.json", json.dumps(vars(self.args), indent=1))
-        self.metrics = self.open.enter_context((self.dir / "metrics.jsonl").open("w"))
+        self.metrics.truncate(0)
         self.metrics.write(metrics)
         self.metrics.flush()
         self.board = SummaryWriter(str(self.dir), purge_step=self.progress["step"] if self.args.resume else None)
@@ -1973,9 +2010,19 @@ class Run:
                 self.progress.update(epoch=epoch, batch=0)
             yield epoch
 
+    def _order(self, epoch):
+        return batch_order([len(s.ids) for s in self.train], self.args.batch_size, self.args.seed, epoch)
+
+    def batches_done(self):
+        """The `batch_shape` of each batch that was trained on so far, which are those before the checkpoint."""
+        for epoch in range(1, self.progress["epoch"] + 1):
+            last = self.progress["batch"] if epoch == self.progress["epoch"] else None
+            for rows in self._order(epoch)[:last]:
+                yield batch_shape([self.train[row] for row in rows], self.pad_to, self.limit)
+
     def batches(self, epoch):
         """Yield the epoch's remaining batches on the device; write a checkpoint after the last."""
-        order = batch_order([len(s.ids) for s in self.train], self.args.batch_size, self.args.seed, epoch)
+        order = self._order(epoch)
         self.memory.start("train")
         self._start_clock()
         bar = tqdm(
@@ -1984,12 +2031,12 @@ class Run:
         with ending.postponed():
             with bar as self.bar:
                 for rows in order[self.progress["batch"] :]:
-                    if self.stopped or ending.signal:
+                    if self.stopped or ending.signal and not self.bad_steps.item():  # which must not be saved
                         break
                     yield collate([self.train[row] for row in rows], self.limit, self.pad_to).to(self.device)
             self._stop_clock()
-            if self.progress["step"] and self.bad_steps.item() >= min(BAD_STEPS, self.progress["step"]):
-                self._end_a_bad_run()  # all of them, of a run that ends before so many
+            if self.bad_steps.item() >= BAD_STEPS:
+                self._end_a_bad_run()
             self.checkpoint()
         ending.check()
 
@@ -2046,19 +2093,23 @@ class Run:
             self._start_clock()
 
     def _end_a_bad_run(self):
-        step = self.progress["step"]
+        before = "" if self.saved_step is None else ", saved before them"
         raise UserError(
-            f"{min(BAD_STEPS, step)} steps in a row, up to step {step}, had updates that are not finite, "
-            f"{self.optimizer.skipped.item()} in all: the run has diverged, or data or machine are faulty; "
-            f"{ending.go_on}, saved before them; if it comes back, start again with a smaller --lr and another "
-            "--run-name"
+            f"{self.bad_steps.item()} steps in a row, up to step {self.progress['step']}, had updates that are not "
+            f"finite, {self.optimizer.skipped.item()} in all: the run has diverged, or data or machine are faulty; "
+            f"{ending.go_on}{before}; if it comes back, start again with a smaller --lr and another --run-name"
         )
 
     def checkpoint(self):
-        """Save, unless this step is saved already or left updates out: then the last checkpoint, from before, stays."""
-        if self.saved_step == self.progress["step"] or self.bad_steps.item():
+        """Save this step, unless it is saved already, or the next one that leaves no updates out: until then the last
+        checkpoint, from before, stays.
+        """
+        if self.saved_step == self.progress["step"]:
             return
-        self.metrics.flush()
+        self.checkpoint_due = True
+        if self.bad_steps.item():
+            return
+        self.board.flush()  # by itself it waits up to two minutes, and a kill would leave a gap
         self.progress["losses"] = self.losses.tolist()
         with self.at_home():
             save_checkpoint(
@@ -2088,12 +2139,11 @@ class Run:
                 f"evaluation after {after} steps gives scores that are not finite: "
                 + ("the run has diverged; start again with a smaller --lr" if after else "the weights are damaged")
             )
-        with open(self.dir / f"eval_epoch{epoch}.jsonl", "w") as file:
-            for row, row_scores in zip(self.validation, scores, strict=True):
-                file.write(
-                    json.dumps({"ind": row.ind, "label": row.label, "loglikelihoods": row_scores, "chars": row.chars})
-                    + "\n"
-                )
+        lines = (
+            json.dumps({"ind": row.ind, "label": row.label, "loglikelihoods": row_scores, "chars": row.chars}) + "\n"
+            for row, row_scores in zip(self.validation, scores, strict=True)
+        )
+        _write_whole(self.dir / f"eval_epoch{epoch}.jsonl", "".join(lines))
         result = accuracy(self.validation, scores)
         print(
             f"epoch {epoch}: acc {result['acc']:.2f} %, acc_norm {result['acc_norm']:.2f} %, "
@@ -2103,11 +2153,15 @@ class Run:
         self._log(result, epoch)
 
     def finish(self):
-        """Save the model unless told not to, write summary.json and print the closing table."""
+        """Save the model unless told not to, write summary.json and print the closing table.
+
+        Raises UserError if all steps left out updates.
+        """
+        if 0 < self.progress["step"] <= self.bad_steps.item():
+            self._end_a_bad_run()
         self.memory.sample()
         if not self.args.no_save_model:
             self._save_model()
-        self.open.close()
         self.board.close()
         progress, seconds = self.progress, self.progress["train_seconds"]
         summary = {
@@ -2130,6 +2184,7 @@ class Run:
             "versions": versions(self.device),
         }
         _write_whole(self.dir / "summary.json", json.dumps(summary, indent=1))
+        self.open.close()
         print_summary(summary, self.dir)
         return summary
 

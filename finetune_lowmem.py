@@ -649,19 +649,27 @@ class Graphs:
 
     One graph for each shape of ids, captured when its first batch comes; by then what `function` needs must be compiled
     and loaded (`warm_up`). A batch of fewer than `rows` rows is filled up. The list of targets is padded to a multiple
-    of 128, and a graph captured anew when a batch has more of them. All graphs share `pool`: one runs after the other,
-    so that together they need no more memory than the largest.
+    of 128, of the most so far, and a graph captured anew when a batch has more of them. All graphs share `pool`: one
+    runs after the other, so that together they need no more memory than the largest.
     """
 
     def __init__(self, function, pool, rows=0):
-        self.function, self.pool, self.rows, self.graphs = function, pool, rows, {}
+        self.function, self.pool, self.rows, self.graphs, self.targets = function, pool, rows, {}, {}
+
+    def expect(self, rows, length, targets):
+        """Make room for a batch [rows, length] with so many targets; return the shape of its graph.
+
+        The padding changes the last bits of the result. So a run that goes on expects what it saw before.
+        """
+        shape = max(rows, self.rows), length
+        self.targets[shape] = max(self.targets.get(shape, 0), -(-targets // 128) * 128)
+        return shape
 
     def __call__(self, batch):
-        count, (rows, length) = len(batch.targets), batch.ids.shape
-        shape = max(rows, self.rows), length
-        if shape not in self.graphs or len(self.graphs[shape][1].targets) < count:
+        count, shape = len(batch.targets), self.expect(*batch.ids.shape, len(batch.targets))
+        if shape not in self.graphs or len(self.graphs[shape][1].targets) < self.targets[shape]:
             self.graphs.pop(shape, None)  # its memory first
-            self.graphs[shape] = self._capture(common.pad_batch(batch, self.rows, -(-count // 128) * 128))
+            self.graphs[shape] = self._capture(common.pad_batch(batch, self.rows, self.targets[shape]))
         graph, inputs, result = self.graphs[shape]
         batch = common.pad_batch(batch, self.rows, len(inputs.targets))
         for name in ("ids", "positions", "targets", "weights"):
@@ -880,7 +888,10 @@ def as_graphs(step, log_probs_of, model, optimizer, args, data, limit, eval_toke
     rows = min(args.batch_size, len(data[0]))
     warm_up(step, optimizer, rows, common.padded_lengths(data[0], PAD_TO, limit), device)
     pool = torch.cuda.graph_pool_handle()
-    return Graphs(step, pool, rows=rows), Graphs(log_probs_of, pool)
+    step, log_probs_of = Graphs(step, pool, rows=rows), Graphs(log_probs_of, pool)
+    for chosen in common.evaluation_order(data[1], eval_tokens, PAD_TO):
+        log_probs_of.expect(*common.batch_shape([data[1][r].sequences[e] for r, e in chosen], PAD_TO, limit))
+    return step, log_probs_of
 
 
 def main(argv=None):
@@ -955,6 +966,8 @@ def main(argv=None):
         eval_tokens=eval_tokens,
         at_home=placed.layers.at_home,
     )
+    for size in run.batches_done() if graphs else ():
+        step.expect(*size)
     run.evaluate(epoch=0)
     for epoch in run.epochs():
         for batch in run.batches(epoch):

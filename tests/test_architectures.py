@@ -355,11 +355,34 @@ def test_compiled_layers_hand_over_one_gradient_at_a_time():
     assert alive == [1] * len(matrices)
 
 
-def test_a_capture_for_each_shape_and_no_garbage_collected_within(monkeypatch):
-    """Freeing CUDA's objects or unlocking host memory can end a capture. On a CPU nothing is captured, only counted."""
+@pytest.fixture
+def no_captures(monkeypatch):
+    """On a CPU nothing is captured: `Graphs` runs its function once for each graph."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+
+
+def test_graphs_of_a_run_that_goes_on_have_the_same_shapes(no_captures):
+    """The padding of the targets changes the last bits: it must not go by what this process alone has seen."""
+    sizes = []
+    function = lambda batch: sizes.append((*batch.ids.shape, len(batch.targets))) or torch.zeros(())  # noqa: E731
+    batches = [make_batch(seed, rows=rows, length=64) for seed, rows in enumerate([4, 16, 30, 30, 16, 3])]
+    used = {}
+    for start in range(len(batches)):
+        graphs = finetune_lowmem.Graphs(function, None, rows=4)
+        for batch in batches[:start]:
+            graphs.expect(*batch.ids.shape, len(batch.targets))
+        for number, batch in enumerate(batches[start:], start):
+            graphs(batch)
+            shape = max(4, len(batch.ids)), 64
+            used.setdefault(number, set()).add(len(graphs.graphs[shape][1].targets))
+    assert all(len(counts) == 1 for counts in used.values())
+    assert len(set().union(*used.values())) > 1
+
+
+def test_a_capture_for_each_shape_and_no_garbage_collected_within(no_captures):
+    """Freeing CUDA's objects or unlocking host memory can end a capture."""
     captured = []
 
     def function(batch):

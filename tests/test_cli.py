@@ -318,10 +318,59 @@ def test_resume_before_the_first_checkpoint_starts_over(run, monkeypatch, capsys
     assert [m["step"] for m in lines(folder / "metrics.jsonl")] == [0, 2, 4, 6, 8, 8]
 
 
+OTHER_SETTINGS = [
+    (script, *setting)
+    for script in SCRIPTS
+    for setting in [
+        ("--model", "elsewhere"), ("--dataset", "elsewhere"), ("--train_rows", 50), ("--eval_rows", 9), ("--train_text", "raw"),
+        ("--trained", "all"), ("--batch_size", 5), ("--lr", "0.5"), ("--seed", 7),
+    ]
+] + [("finetune_lowmem", "--nostround"), ("finetune_base", "--optimizer", "SGD")]  # fmt: skip
+
+
 def test_resume_with_other_settings_is_refused_by_name(run):
-    run("finetune_lowmem", "r", "--epochs", 1, "--max_steps", 2)
+    """Each by itself, and several at once."""
+    for script in SCRIPTS:
+        run(script, script, "--epochs", 1, "--max_steps", 2)
+    for script, flag, *value in OTHER_SETTINGS:
+        with pytest.raises(
+            common.UserError, match=f"other settings: {flag} [^;]+ is now {value[0] if value else True}$"
+        ):
+            run(script, script, "--epochs", 1, "--resume", flag, *value)
     with pytest.raises(common.UserError, match=r"--batch_size 8 is now 4; --seed 42 is now 7"):
-        run("finetune_lowmem", "r", "--epochs", 1, "--resume", "--batch_size", 4, "--seed", 7)
+        run("finetune_lowmem", "finetune_lowmem", "--epochs", 1, "--resume", "--batch_size", 4, "--seed", 7)
+
+
+def test_a_run_killed_while_its_first_file_is_written_starts_over(run, tmp_path):
+    """config.json, that is; and without training there is no checkpoint, so that it may be killed at the end too."""
+    (tmp_path / "r").mkdir()
+    for name in ("config.partial", "metrics.jsonl"):
+        (tmp_path / "r" / name).touch()
+    _, folder = run("finetune_lowmem", "r", "--epochs", 0, "--resume")
+    (folder / "summary.json").unlink()
+    run("finetune_lowmem", "r", "--epochs", 0, "--resume")
+    kept = {f.name for f in folder.iterdir() if not f.name.startswith("events")}
+    assert kept == {"config.json", "eval_epoch0.jsonl", "metrics.jsonl", "model", "summary.json"}
+
+
+def test_a_run_that_goes_on_knows_the_batches_before(run, monkeypatch):
+    """Their padded sizes, by which graphs are captured, are those that were trained on."""
+    seen, runs, plain = [], [], common.Run.after_step
+
+    def after_step(run, loss, batch):
+        seen.append((*batch.ids.shape, len(batch.targets)))
+        plain(run, loss, batch)
+
+    monkeypatch.setattr(common.Run, "after_step", after_step)
+    plain_init = common.Run.__init__
+    monkeypatch.setattr(
+        common.Run, "__init__", lambda one, *a, **how: (runs.append(one), plain_init(one, *a, **how))[1]
+    )
+    run("finetune_lowmem", "r", "--epochs", 3, "--max_steps", 11)
+    assert list(runs[0].batches_done()) == seen
+    run("finetune_lowmem", "r", "--epochs", 3, "--max_steps", 13, "--resume")
+    assert list(runs[1].batches_done()) == seen
+    assert len(set(seen)) > 1
 
 
 def test_metrics_have_no_gap_when_resumed_twice_between_log_lines(run):

@@ -283,6 +283,22 @@ def test_other_content_behind_the_same_name_is_refused(script, name, sound, comm
     assert contents(tmp_path) == before
 
 
+def test_all_of_the_frozen_weights_is_looked_at(monkeypatch):
+    """Piece by piece, whatever their size and type."""
+    monkeypatch.setattr(common, "HASHED", 1000)
+    for dtype in (torch.float32, torch.bfloat16):
+        model, found = make_model().to(dtype), set()
+        trained = common.choose_trained(model, "layers")
+        for name, p in model.named_parameters():
+            for at in (0, p.numel() // 2, p.numel() - 1) if name not in trained else ():
+                before = p.view(-1)[at].clone()
+                p.data.view(-1)[at] += 1
+                found.add(common.fingerprints(model, trained, ([], []))["model"])
+                p.data.view(-1)[at] = before
+        assert len(found) == 3 * 3
+        assert common.fingerprints(model, trained, ([], []))["model"] not in found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is odd but sound trains
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from commands import after_each_step
-from conftest import many_rows, write_jsonl
+from conftest import make_model, many_rows, write_jsonl
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from test_architectures import make_batch
 from test_cli import SCRIPTS, both_scripts, lines, run, weights  # noqa: F401 (run is a fixture)
 from test_streaming import make_run
@@ -80,9 +81,9 @@ def last_line(text):
 
 
 @both_scripts
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_after_its_step_and_it_goes_on(script, number, argv, commands, tmp_path):
-    flags = ["--epochs", 6]
+    flags = ["--epochs", 10**6]
     command = commands.start(script, *argv("parts", *flags))
     assert wait_until(has_lines(tmp_path / "parts", 8), command)
     command.send(number)
@@ -93,11 +94,32 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on(script, number, argv,
     checkpoint = common.last_checkpoint(tmp_path / "parts")
     assert checkpoint.name == f"step-{said[1]}"
     assert lines(tmp_path / "parts" / "metrics.jsonl")[-1]["step"] == int(said[1]) >= 7  # no step was cut in two
+    flags += ["--max_steps", int(said[1]) + 20]
     code, out, _ = commands.run(script, *argv("parts", *flags, "--resume"))
     assert code == 0
     assert f"resuming after step {said[1]}\n" in out
     assert commands.run(script, *argv("whole", *flags))[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_hangup_that_nohup_ignores_is_ignored(argv, commands, tmp_path):
+    ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGHUP)"
+    assert commands.run("finetune_lowmem", *argv("r", "--epochs", 1), first=ignored + after_each_step(kill))[0] == 0
+
+
+@pytest.mark.parametrize("bad", [(1, 2), (39, 40)])
+def test_a_signal_after_a_bad_step_waits_for_a_good_one(bad, argv, commands, tmp_path):
+    """A step that left updates out is not saved; without a checkpoint for long, all since it would be lost."""
+    skip = f"run.optimizer.skipped.add_(step + 1 in {bad})"  # counted with the next step
+    kill = f"step == {bad[-1]} and __import__('os').kill(__import__('os').getpid(), 15)"
+    first = after_each_step(f"{skip}; {kill}") + "\nplain_init = common.Run.__init__\n"
+    first += "def init(run, *args, **how):\n    plain_init(run, *args, **how)\n"
+    first += f"    run.optimizer.skipped.add_({bad[0]} == 1)\ncommon.Run.__init__ = init"
+    code, _, err = commands.run("finetune_lowmem", *argv("r", "--epochs", 4), first=first)
+    said = f"interrupted: the same command with --resume goes on from step {bad[-1] + 1}"
+    assert (code, last_line(err)) == (143, said)
+    assert common.last_checkpoint(tmp_path / "r").name == f"step-{bad[-1] + 1}"
 
 
 def test_a_second_signal_ends_at_once(argv, commands, tmp_path):
@@ -222,17 +244,23 @@ def test_a_run_killed_at_20_random_moments_loses_nothing(script, argv, commands,
     assert f"resuming after step {newest}\n" in out
     assert commands.run(script, *argv("whole", *flags))[0] == 0
     assert_same_run(tmp_path / "whole", folder)
+    board = EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    for tag in ("train/train_loss", "eval/acc"):
+        points = [[(p.step, p.value) for p in board.Scalars(name, tag)] for name in ("parts", "whole")]
+        assert points[0] == points[1]
     print(f"{kills} kills survived, {while_saving} of them while saving, {newest} steps")
 
 
 def test_two_processes_do_not_work_on_one_run(argv, commands, tmp_path):
-    waits = "import common, time; plain = common.save_checkpoint; "
-    waits += "common.save_checkpoint = lambda *a: (print('saving', flush=True), time.sleep(2), plain(*a))"
+    """The second one finds that out before it removes what the first one is saving."""
+    waits = "import common, time; plain = common._save_shards; "
+    waits += "common._save_shards = lambda *a: (plain(*a), print('saving', flush=True), time.sleep(1))"
     command = commands.start("finetune_lowmem", *argv("r", "--epochs", 1), first=waits)
     assert wait_until(lambda: "saving" in command.out.read_text(), command)
-    code, _, err = commands.run("finetune_lowmem", *argv("r", "--epochs", 1, "--resume"))
+    code, out, err = commands.run("finetune_lowmem", *argv("r", "--epochs", 1, "--resume"))
     assert code == 2
     assert "r: let it end, or take another --run-name" in last_line(err)
+    assert "configuration" not in out
     assert command.wait()[0] == 0
     assert commands.run("finetune_lowmem", *argv("whole", "--epochs", 1))[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "r")
@@ -254,12 +282,11 @@ FULL = {
         "error: the disk is too full: a checkpoint takes 1.1 MiB, and 0.0 are free",
     ),
     "full while weights are written": (
-        "import common; plain = common._save_shards; count = []\n"
+        "import common, safetensors; plain = common._save_shards; count = []\n"
         "def save(folder, prefix, named):\n"
         "    count.append(prefix)\n"
         "    if len(count) == 8:\n"
-        "        raise common.Path and __import__('safetensors').SafetensorError("
-        "'I/O error: No space left on device (os error 28)')\n"
+        "        raise safetensors.SafetensorError('I/O error: No space left on device (os error 28)')\n"
         "    plain(folder, prefix, named)\n"
         "common._save_shards = save",
         "error: the disk is full: make room; the same command with --resume goes on from step 10",
@@ -268,7 +295,7 @@ FULL = {
         "import errno, os; plain = os.fsync; count = []\n"
         "def fsync(descriptor):\n"
         "    count.append(1)\n"
-        "    if len(count) == 24:  # nine a checkpoint\n"
+        "    if len(count) == 25:  # two before the first checkpoint, nine a checkpoint\n"
         "        raise OSError(errno.EDQUOT, 'Disk quota exceeded')\n"
         "    plain(descriptor)\n"
         "os.fsync = fsync",
@@ -292,6 +319,39 @@ def test_a_full_disk_ends_in_one_line(case, argv, commands, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_disk_full_for_tensorboard_alone_ends_in_one_line(argv, commands):
+    """It writes in a thread of its own, whose traceback must not stand beside our line."""
+    fault = "from tensorboard.summary.writer.record_writer import RecordWriter\n"
+    fault += "count, plain = [], RecordWriter.write\n"
+    fault += "def write(self, data):\n    count.append(1)\n    if len(count) > 20:\n"
+    fault += "        raise OSError(28, 'No space left on device')\n    plain(self, data)\nRecordWriter.write = write"
+    code, _, err = commands.run("finetune_lowmem", *argv("r", "--epochs", 2, "--save_every", 1), first=fault)
+    assert code == 2
+    assert re.match("error: the disk is full: make room; the same command with --resume goes on from ", last_line(err))
+
+
+def test_a_resumed_run_lets_go_of_the_checkpoint_that_it_came_from(argv, commands):
+    """safetensors maps the file into memory: removed, it would still take its room on the disk."""
+    held = "step == 20 and print('HELD', [x for x in open('/proc/self/maps') if 'safetensors (deleted)' in x])"
+    for script, flags in OPTIMIZERS:
+        name = "".join(["r", *flags[1:]])
+        assert commands.run(script, *argv(name, *flags, "--epochs", 2, "--max_steps", 10))[0] == 0
+        more = [*flags, "--epochs", 2, "--save_every", 3, "--resume"]
+        assert "HELD []" in commands.run(script, *argv(name, *more), first=after_each_step(held))[1]
+
+
+def test_room_is_looked_for_where_the_checkpoint_goes(argv, commands, tmp_path):
+    """checkpoint/ may be a link to a larger disk."""
+    assert commands.run("finetune_lowmem", *argv("r", "--epochs", 1, "--max_steps", 3))[0] == 0
+    shutil.move(tmp_path / "r" / "checkpoint", tmp_path / "large")
+    (tmp_path / "r" / "checkpoint").symlink_to(tmp_path / "large")
+    room = "import shutil, types; shutil.disk_usage = "
+    room += f"lambda p: types.SimpleNamespace(free=2**30 if str(p).startswith({str(tmp_path / 'large')!r}) else 2**19)"
+    code, _, err = commands.run("finetune_lowmem", *argv("r", "--epochs", 1, "--resume"), first=room)
+    assert code == 0, err
+    assert [f.name for f in (tmp_path / "large").iterdir()] == ["step-15"]
+
+
 def test_a_run_that_will_not_fit_on_the_disk_is_refused_before_it_starts(argv, commands, tmp_path):
     no_room = "import shutil, types; shutil.disk_usage = lambda _: types.SimpleNamespace(free=10**5)"
     code, _, err = commands.run("finetune_lowmem", *argv("r"), first=no_room)
@@ -303,30 +363,33 @@ def test_a_run_that_will_not_fit_on_the_disk_is_refused_before_it_starts(argv, c
 
 
 def test_all_is_flushed_before_it_is_renamed(run, monkeypatch):  # noqa: F811
-    """Checkpoint, model and summary: each file and the folder, and no old checkpoint is removed before."""
-    calls, fsync, rmtree = [], os.fsync, shutil.rmtree
-    rename, replace = Path.rename, Path.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda fd: (calls.append(("flush", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
-    )
-    monkeypatch.setattr(Path, "rename", lambda a, b: (calls.append(("rename", str(a))), rename(a, b)))
-    monkeypatch.setattr(Path, "replace", lambda a, b: (calls.append(("rename", str(a))), replace(a, b)))
-    monkeypatch.setattr(
-        shutil, "rmtree", lambda path, **how: (calls.append(("remove", Path(path).name)), rmtree(path, **how))
-    )
+    """With all files in it; and an old checkpoint goes only when the names of the new one are on the disk too."""
+    names, removed, flushed = [], [], set()
+    fsync, rmtree, rename, replace = os.fsync, shutil.rmtree, Path.rename, Path.replace
+
+    def flush(descriptor):
+        flushed.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def move(path):
+        assert {str(path), *(map(str, path.iterdir()) if path.is_dir() else ())} <= flushed
+        names.append(path.name)
+        flushed.clear()
+
+    def remove(path, **how):
+        if Path(path).name.startswith("step-"):
+            assert {str(path.parent), str(path.parents[1])} <= flushed
+            removed.append(path.name)
+        rmtree(path, **how)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "rename", lambda a, b: (move(a), rename(a, b)))
+    monkeypatch.setattr(Path, "replace", lambda a, b: (move(a), replace(a, b)))
+    monkeypatch.setattr(shutil, "rmtree", remove)
     run("finetune_lowmem", "r", "--epochs", 1, "--save_every", 5)
-    names = [Path(path).name for what, path in calls if what == "rename"]
-    assert names == ["config.partial", "partial", "partial", "model.partial", "summary.partial"]
-    since = []
-    for what, path in calls:
-        if what == "rename" and not path.endswith("l.partial"):
-            assert path in since, path
-            if path.endswith("/partial"):
-                files = {Path(p).name for p in since if p.startswith(path + "/")}
-                assert {"weights-00000.safetensors", "optimizer-00000.safetensors", "state.json", common.SUMS} <= files
-        since = [] if what == "rename" else [*since, path]
-    order = [path for what, path in calls if what == "remove" or path.endswith("/partial") and what == "rename"]
-    assert [Path(path).name for path in order if "model" not in path] == ["partial", "partial", "step-5"]
+    moved = "config.partial eval_epoch0.partial partial partial eval_epoch1.partial model.partial summary.partial"
+    assert names == moved.split()
+    assert removed == ["step-5"]
 
 
 @pytest.mark.parametrize("case", ["full while weights are written", "over the quota while it is flushed"])
@@ -357,6 +420,39 @@ def test_writing_that_is_not_permitted_ends_in_one_line(script, argv, commands, 
     assert code == 2
     assert last_line(err).startswith("error: Input/output error: ")
     assert last_line(err).endswith("the same command with --resume goes on from step 5")
+
+
+def test_all_random_states_and_the_count_of_skipped_updates_are_restored(tmp_path):
+    trained = {"w": torch.nn.Parameter(torch.randn(8, 4))}
+    optimizer = common.Adafactor(trained.values(), lr=1.0)
+    state = {"args": {}, "progress": {"step": 1}, "fingerprints": {}}
+
+    def draw():
+        rounding = torch.rand(3, generator=optimizer.generator).tolist()
+        return random.random(), torch.rand(3).tolist(), rounding, optimizer.skipped.item()
+
+    optimizer.skipped.fill_(7)
+    draw()
+    common.save_checkpoint(tmp_path, state, b"", trained, optimizer)
+    expected = draw()
+    optimizer.skipped.zero_()
+    assert draw() != expected
+    common.load_checkpoint(common.last_checkpoint(tmp_path), trained, optimizer)
+    assert draw() == expected
+
+
+@both_scripts
+def test_a_model_with_dropout_goes_on_bit_for_bit(script, run, tmp_path, tokenizer, monkeypatch):  # noqa: F811
+    """And trains the same whatever random numbers loading it drew."""
+    make_model(attention_dropout=0.3).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    flags = {"model": tmp_path / "model"}
+    _, whole = run(script, "whole", "--epochs", 2, **flags)
+    plain = common.load_model
+    monkeypatch.setattr(common, "load_model", lambda *args: (torch.rand(random.randrange(9)), plain(*args))[1])
+    run(script, "parts", "--epochs", 2, "--max_steps", 5, **flags)
+    _, parts = run(script, "parts", "--epochs", 2, "--resume", **flags)
+    assert_same_run(whole, parts)
 
 
 def test_saving_holds_one_shard_in_host_memory(tmp_path, monkeypatch):
@@ -419,6 +515,12 @@ def test_host_memory_that_runs_out_ends_in_one_line(script, argv, commands, tmp_
             "out of GPU memory: 2.50 GiB asked, 512.00 MiB free, 14.20 GiB allowed; ",
         ),
         (RuntimeError("CUDA error: out of memory"), "out of GPU memory: more asked, less free; "),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "out of GPU memory: more asked, less free; "),
+        (RuntimeError("CUDA driver error: out of memory"), "out of GPU memory: more asked, less free; "),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+            "out of GPU memory: more ",
+        ),
         (MemoryError(), "out of host memory: more asked, "),
         (
             MemoryError("Unable to allocate 3.00 GiB for an array with shape (3,) and data type float64"),
@@ -437,6 +539,20 @@ def test_what_was_asked_and_what_is_free_is_said(error, said, capsys):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"error: {said}")
     assert "a smaller --batch_size" in line
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("rate limit: quota exceeded"), ValueError("File too large for the hub")]
+)
+def test_what_only_sounds_like_a_full_disk_is_not_one(error):
+    """Nor is a connection that breaks a reader that has gone."""
+    error.__cause__ = BrokenPipeError(32, "Broken pipe")
+
+    def main():
+        raise error
+
+    with pytest.raises(type(error)):
+        common.run_command(main)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -530,7 +646,7 @@ def test_twenty_bad_steps_in_a_row_end_the_run(script, flags, run, poison, tmp_p
 
 def test_a_short_run_of_bad_steps_alone_is_an_error(run, poison, tmp_path):  # noqa: F811
     poison(math.nan, range(1, 1000), "layers.0.*proj")
-    with pytest.raises(common.UserError, match="8 steps in a row, up to step 8, .*from the beginning"):
+    with pytest.raises(common.UserError, match="8 steps in a row, up to step 8, .*from the beginning; if it"):
         run("finetune_lowmem", "r", "--epochs", 1, "--max_steps", 8)
     assert not (tmp_path / "r" / "model").exists()
 
@@ -544,6 +660,21 @@ def test_nineteen_bad_steps_do_not_end_a_run(run, poison):  # noqa: F811
         summary, _ = run("finetune_lowmem", "r", "--epochs", 2, "--batch_size", 4, "--save_every", 5)
     assert summary["skipped_updates"] == 19 * 3
     assert saved == [5, 29, 30]
+
+
+def test_a_checkpoint_that_a_bad_step_put_off_is_written_after_the_next(run, poison, monkeypatch):  # noqa: F811
+    """As at the end of an epoch, without --save_every; and no checkpoint is written twice."""
+    saved, plain = [], common.save_checkpoint
+    poison(math.nan, {15, 30}, "layers.0.mlp")
+    monkeypatch.setattr(common, "save_checkpoint", lambda *a: (saved.append(a[1]["progress"]["step"]), plain(*a)))
+    run("finetune_lowmem", "r", "--epochs", 3, "--batch_size", 4)
+    assert saved == [16, 31, 45]
+
+
+def test_a_run_whose_first_epoch_is_bad_goes_on(run, poison):  # noqa: F811
+    """Fifteen steps are not twenty."""
+    poison(math.nan, range(2, 16), "layers.0.mlp")
+    assert run("finetune_lowmem", "r", "--epochs", 2, "--batch_size", 4)[0]["steps"] == 30
 
 
 def test_a_loss_that_is_not_finite_stays_out_of_the_mean(run, monkeypatch):  # noqa: F811

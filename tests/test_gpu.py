@@ -46,8 +46,12 @@ def run(tmp_path, model_folder, dataset_folder):
         process = subprocess.Popen(
             [sys.executable, "-c", code, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        meanwhile(process)
-        out, err = process.communicate()
+        try:
+            meanwhile(process)
+        finally:
+            if sys.exception():
+                process.kill()
+            out, err = process.communicate()
         assert process.returncode == ends, err[-3000:]
         if ends:
             return err.strip().splitlines()[-1]
@@ -103,7 +107,8 @@ def stop_after(tmp_path, name, count, number):
     """A function for `meanwhile`: send the signal once metrics.jsonl has so many lines."""
 
     def stop(process):
-        assert wait_until(has_lines(tmp_path / name, count), SimpleNamespace(running=lambda: process.poll() is None))
+        running = SimpleNamespace(running=lambda: process.poll() is None)
+        assert wait_until(has_lines(tmp_path / name, count), running, seconds=300)  # which compiles and captures first
         process.send_signal(number)
 
     return stop
@@ -111,8 +116,11 @@ def stop_after(tmp_path, name, count, number):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_killed_and_interrupted_run_goes_on_bit_for_bit(compiled, run, tmp_path):
-    """Phi's head has a bias: cut-cross-entropy, which adds up in no fixed order, does not take it."""
-    flags = ["--epochs", 8, "--save_every", 10]
+    """Phi's head has a bias: cut-cross-entropy, which adds up in no fixed order, does not take it.
+
+    Batches of 22 rows have 132 targets, an epoch's last 96: graphs that are padded to 256 and 128.
+    """
+    flags = ["--epochs", 40, "--save_every", 10, "--batch_size", 22]
     how = {"compiled": compiled, "architecture": "phi"}
     whole, _ = run("whole", *flags, **how)
     run("parts", *flags, **how, ends=-signal.SIGKILL, meanwhile=stop_after(tmp_path, "parts", 12, signal.SIGKILL))
@@ -154,8 +162,8 @@ def test_twenty_bad_steps_end_a_run_of_graphs(run, tmp_path):
     """The host looks without waiting for the device: it may see the twentieth some steps late."""
     fault = after_each_step("run.optimizer.skipped.add_(step >= 12)")  # seen with step 13
     said = run("r", "--epochs", 9, "--save_every", 5, first=fault, ends=2)
-    step = int(re.search(r"20 steps in a row, up to step (\d+), had updates that are not finite", said)[1])
-    assert 32 <= step <= 80
+    count, step = map(int, re.search(r"(\d+) steps in a row, up to step (\d+), had updates that are n", said).groups())
+    assert 20 <= count == step - 12 <= 68
     assert "goes on from step 10, saved before them" in said
     assert [f.name for f in (tmp_path / "r" / "checkpoint").iterdir()] == ["step-10"]
 
