@@ -2109,7 +2109,7 @@ class Run:
         self.checkpoint_due = True
         if self.bad_steps.item():
             return
-        self.board.flush()  # by itself it waits up to two minutes, and a kill would leave a gap
+        self.board.flush()  # written by a thread of its own: a kill would leave a gap
         self.progress["losses"] = self.losses.tolist()
         with self.at_home():
             save_checkpoint(

@@ -207,6 +207,20 @@ def test_a_closed_pipe_or_stdout_ends_in_one_line_or_not_at_all(argv, commands):
     assert code == 0, err
 
 
+def before_each_point(condition, code):
+    """Code for `first` that runs `code` before TensorBoard's thread writes a point, if `condition` holds of the count."""
+    return (
+        "from tensorboard.summary.writer.record_writer import RecordWriter\n"
+        "count, writes = [], RecordWriter.write\n"
+        "def write(self, data):\n"
+        "    count.append(1)\n"
+        f"    if {condition}:\n"
+        f"        {code}\n"
+        "    writes(self, data)\n"
+        "RecordWriter.write = write\n"
+    )
+
+
 @both_scripts
 def test_a_run_killed_at_20_random_moments_loses_nothing(script, argv, commands, tmp_path):
     """Half of the kills while a checkpoint is being written. After each there is a whole checkpoint, as new as any that
@@ -216,8 +230,9 @@ def test_a_run_killed_at_20_random_moments_loses_nothing(script, argv, commands,
     rng, newest, while_saving, kills = random.Random(seed), None, 0, 0
     print("seed", seed)
     saving = lambda: (folder / "checkpoint" / "partial").exists()  # noqa: E731
+    lag = before_each_point("True", "__import__('time').sleep(0.01)")  # as on a busy disk
     while kills < 20:
-        command = commands.start(script, *argv("parts", *flags, *["--resume"] * folder.exists()))
+        command = commands.start(script, *argv("parts", *flags, *["--resume"] * folder.exists()), first=lag)
         if kills % 2 and wait_until(saving, command):
             time.sleep(rng.uniform(0, rng.choice([0.001, 0.005])))
         else:
@@ -321,11 +336,9 @@ def test_a_full_disk_ends_in_one_line(case, argv, commands, tmp_path):
 
 def test_a_disk_full_for_tensorboard_alone_ends_in_one_line(argv, commands):
     """It writes in a thread of its own, whose traceback must not stand beside our line."""
-    fault = "from tensorboard.summary.writer.record_writer import RecordWriter\n"
-    fault += "count, plain = [], RecordWriter.write\n"
-    fault += "def write(self, data):\n    count.append(1)\n    if len(count) > 20:\n"
-    fault += "        raise OSError(28, 'No space left on device')\n    plain(self, data)\nRecordWriter.write = write"
-    code, _, err = commands.run("finetune_lowmem", *argv("r", "--epochs", 2, "--save_every", 1), first=fault)
+    fault = before_each_point("len(count) > 70", "raise OSError(28, 'No space left on device')")
+    fault += after_each_step("__import__('time').sleep(0.02)")  # in which the thread would print
+    code, _, err = commands.run("finetune_lowmem", *argv("r", "--epochs", 2, "--save_every", 4), first=fault)
     assert code == 2
     assert re.match("error: the disk is full: make room; the same command with --resume goes on from ", last_line(err))
 
