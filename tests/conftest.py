@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -161,6 +162,15 @@ def dataset_folder(tmp_path_factory):
     write_jsonl(folder / "train.jsonl", many_rows(60, seed=1))
     write_jsonl(folder / "validation.jsonl", many_rows(12, seed=2) + ODD_ROWS[:4])
     return folder
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """Ctrl-C ends the tests, though `run_command` ignores it once its command is over."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -463,6 +463,7 @@ BAD_ARGUMENTS = {
     "negative lr": (["--lr", "-0.1"], "'-0.1' is not a number above 0"),
     "nan lr": (["--lr", "nan"], "'nan' is not a number above 0"),
     "infinite lr": (["--lr", "inf"], "'inf' is not a number above 0"),
+    "overflowing lr": (["--lr", "1e999"], "'1e999' is not a number above 0"),
     "word for lr": (["--lr", "fast"], "'fast' is not a number above 0"),
     "negative epochs": (["--epochs", "-1"], "'-1' is not a whole number, 0 or more"),
     "zero budget": (["--memory_budget", "0"], "--memory_budget"),
@@ -538,14 +539,14 @@ BAD_INPUTS = {
     "dataset id without network": lambda tmp, model: (["--dataset", "Rowan/hellaswag"], "the hub cannot be reached"),
     "dataset folder without splits": lambda tmp, model: (["--dataset", tmp], "needs one file train.jsonl or train.parquet"),
     "dataset without columns": lambda tmp, model: (["--dataset", bad_dataset(tmp, [without(r, "ctx_a", "endings") for r in many_rows(3)])], "lacks the HellaSwag columns ctx_a, endings"),
-    "empty validation": lambda tmp, model: (["--dataset", bad_dataset(tmp, [])], "validation.jsonl is empty"),
-    "empty train": lambda tmp, model: (["--dataset", bad_dataset(tmp, [], "train")], "train.jsonl is empty"),
+    "empty validation": lambda tmp, model: (["--dataset", bad_dataset(tmp, [])], "split validation is empty"),
+    "empty train": lambda tmp, model: (["--dataset", bad_dataset(tmp, [], "train")], "split train is empty"),
     "label 4": lambda tmp, model: (["--dataset", bad_dataset(tmp, [make_row(0, 4)])], "label '4' is not 0, 1, 2 or 3"),
     "empty label": lambda tmp, model: (["--dataset", bad_dataset(tmp, [make_row(0, "")], "train")], "HellaSwag's test split has none"),
     "three endings": lambda tmp, model: (["--dataset", bad_dataset(tmp, [make_row(0, 0, endings=["a", "b", "c"])])], "endings must be four strings"),
     "number for text": lambda tmp, model: (["--dataset", bad_dataset(tmp, [make_row(0, 0) | {"ctx_a": 5}])], "must be strings"),
     "empty ending": lambda tmp, model: (["--dataset", bad_dataset(tmp, [make_row(0, 0, endings=["a", "b", "c", "[step]"])])], "cannot be scored"),
-    "not JSON": lambda tmp, model: (["--dataset", broken_jsonl(tmp)], "cannot be loaded"),
+    "not JSON": lambda tmp, model: (["--dataset", broken_jsonl(tmp)], "is not JSON"),
 }  # fmt: skip
 
 

