@@ -69,9 +69,10 @@ class Ending:
     last line says of going on.
 
     The first signal raises Interrupted at once or, within `postponed()`, when `check()` is called: a step, its
-    checkpoint included, is never cut in two. The second ends the process on the spot.
+    checkpoint included, is never cut in two. A second one, later than `ONCE`, ends the process on the spot.
     """
 
+    ONCE = 0.5  # seconds: `timeout` sends its signal to the process and to its group, which is not asking twice
     signal, waits = None, False
     go_on, save_memory = "start the same command again", "a smaller --batch_size"
 
@@ -91,8 +92,11 @@ class Ending:
 
     def _received(self, number, frame):
         if self.signal:
-            os._exit(128 + number)
-        self.signal = number
+            # of SIGHUP a terminal that closes sends its own after its shell's, whenever that has ended
+            if number != signal.SIGHUP and time.monotonic() > self.received + self.ONCE:
+                os._exit(128 + number)
+            return
+        self.signal, self.received = number, time.monotonic()
         if not self.waits:
             raise Interrupted
         with suppress(OSError):  # print may be what it cut short
@@ -395,6 +399,9 @@ def _explain_loading(what, name):
                 f"{what} {name}: {blocked.strerror}: {blocked.filename}: let it be read, and if it is a cache written "
                 "(HF_HOME may name another)"
             ) from error
+        for file in Path(name).glob("*"):
+            if os.access(file, os.F_OK) and not os.access(file, os.R_OK):  # for safetensors it is not there
+                raise UserError(f"{what} {name}: {os.strerror(errno.EACCES)}: {file}: let it be read") from error
         text = " ".join(str(error).split())
         if "trust_remote_code" in text:
             raise UserError(

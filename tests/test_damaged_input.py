@@ -357,6 +357,15 @@ def test_what_must_not_be_read_or_written_is_no_damage(sound, commands, tmp_path
         code, _, err = commands.run("finetune_lowmem", "--run-name", "x", *flags, first=fault)
         assert code == 2
         assert f"error: model {sound['model']}: Permission denied: {path}: let it be read" in err
+    model = tmp_path / "model"
+    shutil.copytree(sound["model"], model)
+    (model / "model.safetensors").chmod(0)
+    # root may read anything: capset(2) with _LINUX_CAPABILITY_VERSION_3 and no capability takes that from the process
+    as_user = "from ctypes import CDLL, c_uint32; CDLL(None).capset((c_uint32 * 2)(0x20080522), (c_uint32 * 6)())"
+    flags = ["--model", model, "--dataset", sound["data"], "--output_dir", tmp_path]
+    code, _, err = commands.run("finetune_lowmem", "--run-name", "x", *flags, first=as_user)
+    assert code == 2
+    assert f"error: model {model}: Permission denied: {model / 'model.safetensors'}: let it be read" in err
 
 
 def test_tensors_that_the_model_does_not_use_are_named(sound, commands, tmp_path):

@@ -104,6 +104,23 @@ def test_a_signal_ends_a_run_after_its_step_and_it_goes_on(script, number, argv,
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.parametrize(
+    ("numbers", "pause"),
+    [
+        ((signal.SIGTERM, signal.SIGTERM), 0),
+        ((signal.SIGHUP, signal.SIGHUP), 0.7),
+        ((signal.SIGINT, signal.SIGHUP), 0.7),
+    ],
+    ids=["as timeout sends it", "as bash and its terminal do", "and the terminal is closed"],
+)
+def test_a_signal_that_is_sent_twice_but_meant_once_still_saves(numbers, pause, argv, commands, tmp_path):
+    kill = f"step == 9 and [(os.kill(os.getpid(), n), time.sleep({pause})) for n in {[*map(int, numbers)]}]"
+    first = "import os, time\n" + after_each_step(kill)
+    code, _, err = commands.run("finetune_lowmem", *argv("r", "--epochs", 2), first=first)
+    said = "interrupted: the same command with --resume goes on from step 9"
+    assert (code, last_line(err)) == (128 + numbers[0], said)
+
+
 def test_a_hangup_that_nohup_ignores_is_ignored(argv, commands, tmp_path):
     ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGHUP)"
@@ -131,7 +148,7 @@ def test_a_second_signal_ends_at_once(argv, commands, tmp_path):
         command = commands.start("finetune_lowmem", *argv(name, "--epochs", 20), first=never)
         assert wait_until(has_lines(tmp_path / name, 3), command)
         command.send(signal.SIGTERM)
-        time.sleep(0.2)
+        time.sleep(common.Ending.ONCE + 0.2)
         assert command.running()
         command.send(number)
         assert command.wait()[0] == 128 + number
