@@ -138,6 +138,19 @@ def test_an_unknown_head_is_refused_by_name(odd, dtype, initializer_range):
         common.check_head(model, head, batch, nullcontext, {"evaluation": head.mean_nll})
 
 
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_a_known_head_is_not_refused_for_few_and_likely_targets(rank):
+    """A loss far below the largest logit, of one target: bf16's rounding of the model's own logits does not cancel."""
+    model = make_model(initializer_range=0.1).bfloat16()
+    head = common.Head(model)
+    for seed in range(20):
+        ids = torch.randint(5, model.config.vocab_size, (1, 7), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            target = model(input_ids=ids).logits[0, -1].argsort(descending=True)[rank]
+        batch = common.collate([common.Sequence([*ids[0].tolist(), target.item()], 1)], 64)
+        common.check_head(model, head, batch, nullcontext, {"evaluation": head.mean_nll})
+
+
 def test_a_model_that_sees_later_tokens_is_refused_by_name():
     data, batch = ([common.Sequence([5, 6, 7], 1)], []), make_batch()
     for architecture in ARCHITECTURES:
