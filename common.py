@@ -1,7 +1,8 @@
 """What finetune_base.py and finetune_lowmem.py share, because it must be equal in both.
 
 In this order: errors and arguments; the model and its head; HellaSwag as lm-evaluation-harness scores it; batches;
-evaluation; the Adafactor update and stochastic rounding; memory; checkpoints; the run's records; the demo's files.
+evaluation; stochastic rounding and the Adafactor update, in PyTorch and as Triton kernels; memory; checkpoints; the
+run; the demo's files.
 """
 
 import argparse
@@ -338,7 +339,7 @@ def parse_arguments(parser, argv=None):
     if args.resume and not os.path.isdir(run_dir):
         raise UserError(f"--resume: there is no run {run_dir}; leave --resume out to start it")
     if not args.resume and os.path.lexists(run_dir):  # a link to nowhere counts
-        raise UserError(f"{run_dir} exists: take another --run-name, or go on with it with --resume")
+        raise UserError(f"{run_dir} exists: take another --run-name, or, if it is a run, go on with it with --resume")
     try:
         existing = _existing(run_dir)
         writable = existing.is_dir() and os.access(existing, os.W_OK) and bool(str(run_dir).encode())
@@ -1946,9 +1947,8 @@ class Run:
     `optimizer.skipped`, an int64 scalar tensor on the device, counts the updates left out because they were not finite.
 
     The scripts' loop is `evaluate` once, then for each of `epochs()`: for each of `batches()`, a training step and
-    `after_step`; then `evaluate`; at the very end `finish`. A checkpoint is written before an evaluation, so that a
-    resumed run evaluates again; or, where a bad step put it off, with the evaluation's results in it. Either way its
-    records have no gap and no repeat.
+    `after_step`; then `evaluate`; at the very end `finish`. No checkpoint is written once an evaluation is recorded,
+    before the next step, so that a resumed run evaluates again and its records have no gap and no repeat.
     """
 
     def __init__(
@@ -2053,6 +2053,9 @@ class Run:
     def stopped(self):
         return self.args.max_steps is not None and self.progress["step"] >= self.args.max_steps
 
+    def _is_last(self, epoch):
+        return self.stopped or epoch == self.args.epochs
+
     def epochs(self):
         for epoch in range(self.progress["epoch"], self.args.epochs + 1):
             if epoch > self.progress["epoch"]:
@@ -2086,7 +2089,8 @@ class Run:
                         break
                     yield collate([self.train[row] for row in rows], self.limit, self.pad_to).to(self.device)
             self._stop_clock()
-            if self.bad_steps.item() >= BAD_STEPS:
+            bad = self.bad_steps.item()
+            if bad >= BAD_STEPS or self._is_last(epoch) and 0 < self.progress["step"] <= bad:
                 self._end_a_bad_run()
             self.checkpoint()
         if self.saved_step == self.progress["step"]:  # else a bad step was the epoch's last: see `checkpoint`
@@ -2154,7 +2158,7 @@ class Run:
 
     def checkpoint(self, evaluated=False):
         """Save this step, unless it is saved already, or the next one that leaves no updates out: until then the last
-        checkpoint, from before, stays. After an `evaluated` step none need follow: its scores were finite.
+        checkpoint, from before, stays. evaluated: save it in any case, since its scores are finite.
         """
         if self.saved_step == self.progress["step"]:
             return
@@ -2191,6 +2195,8 @@ class Run:
                 f"evaluation after {after} steps gives scores that are not finite: "
                 + ("the run has diverged; start again with a smaller --lr" if after else "the weights are damaged")
             )
+        if self.checkpoint_due and self._is_last(epoch):  # put off by the last step, which none follows
+            self.checkpoint(evaluated=True)
         lines = (
             json.dumps({"ind": row.ind, "label": row.label, "loglikelihoods": row_scores, "chars": row.chars}) + "\n"
             for row, row_scores in zip(self.validation, scores, strict=True)
@@ -2205,14 +2211,7 @@ class Run:
         self._log(result, epoch)
 
     def finish(self):
-        """Save the model unless told not to, write summary.json and print the closing table.
-
-        Raises UserError if all steps left out updates.
-        """
-        if 0 < self.progress["step"] <= self.bad_steps.item():
-            self._end_a_bad_run()
-        if self.checkpoint_due:
-            self.checkpoint(evaluated=True)
+        """Save the model unless told not to, write summary.json and print the closing table."""
         self.memory.sample()
         if not self.args.no_save_model:
             self._save_model()

@@ -15,6 +15,9 @@ pieces (`StreamedHead`), as many as do not fit (`choose_plan`).
 
 What a GPU also gets, so that CUDA takes little of it and the host never keeps it waiting: `shrink_context`,
 `leave_out_masks`, `compile_layers`, `Graphs`.
+
+In this order: the techniques, streaming, what keeps the GPU busy, checks, `main`. For the techniques alone read the
+first part and `main`.
 """
 
 import ctypes

@@ -757,13 +757,14 @@ def test_a_checkpoint_that_a_bad_step_put_off_is_written_after_the_next(run, poi
     assert saved == [16, 31, 45]
 
 
-def test_a_run_whose_last_step_is_bad_is_saved_once_it_is_evaluated(run, poison, tmp_path):  # noqa: F811
-    """Step 30 is bad in both; 45 steps are counted before the second run."""
+@pytest.mark.parametrize("last", [20, 30])
+def test_a_run_whose_last_step_is_bad_is_saved_once_it_is_evaluated(last, run, poison, tmp_path):  # noqa: F811
+    """In the middle of an epoch or at its end. The step is bad in both runs; the first has 45."""
     flags = ["--epochs", 3, "--batch_size", 4, "--log_every", 1]
-    poison(math.nan, {30, 45 + 30}, "layers.0.mlp")
+    poison(math.nan, {last, 45 + last}, "layers.0.mlp")
     _, whole = run("finetune_lowmem", "whole", *flags)
-    run("finetune_lowmem", "parts", *flags, "--max_steps", 30)
-    assert [f.name for f in (tmp_path / "parts" / "checkpoint").iterdir()] == ["step-30"]
+    run("finetune_lowmem", "parts", *flags, "--max_steps", last)
+    assert [f.name for f in (tmp_path / "parts" / "checkpoint").iterdir()] == [f"step-{last}"]
     _, parts = run("finetune_lowmem", "parts", *flags, "--resume")
     assert_same_run(whole, parts)
 
