@@ -311,6 +311,20 @@ def argument_parser(script, description, batch_size, lr, demo_lr, log_every):
     # How
     add("--batch_size", type=_count, default=batch_size, metavar="N", help="rows per step")
     add("--lr", type=above_zero, default=lr, help="learning rate")
+    add(
+        "--schedule",
+        choices=list(SCHEDULES),
+        default="constant",
+        help="learning rate after the warm-up: constant, or falling to 0 at the run's last step, in a straight line or "
+        "half a cosine wave",
+    )
+    add(
+        "--warmup_steps",
+        type=_count_or_zero,
+        default=0,
+        metavar="N",
+        help="first steps, in which the learning rate rises in a straight line",
+    )
     add("--epochs", type=_count_or_zero, default=3, metavar="N", help="passes over the training rows; 0 only evaluates")
     add("--max_steps", type=_count, metavar="N", help="stop after this many steps in all; None: no limit")
     add("--seed", type=_count_or_zero, default=42, help="seeds data order, torch and rounding")
@@ -890,14 +904,21 @@ def planned_work(args, data, tokens_per_batch):
     these numbers is then chosen again, and the run goes on with the same kernels.
     """
     train, validation = data
-    steps = args.epochs * -(-len(train) // args.batch_size)
     tokens = sum(len(s.ids) for row in validation for s in row.sequences)
-    return min(steps, args.max_steps or steps), (args.epochs + 1) * tokens // tokens_per_batch
+    return planned_steps(args, train), (args.epochs + 1) * tokens // tokens_per_batch
+
+
+def planned_steps(args, train):
+    """Steps of a whole run on these training sequences."""
+    steps = args.epochs * -(-len(train) // args.batch_size)
+    return min(steps, args.max_steps or steps)
 
 
 def load_data(args, tokenizer, limit):
     """(training sequences, evaluation rows); no training sequences when there is nothing to train. Raises UserError."""
     train = training_sequences(load_rows(args, "train"), tokenizer, args.train_text, limit) if args.epochs else []
+    if train and args.warmup_steps >= (steps := planned_steps(args, train)):
+        raise UserError(f"--warmup_steps {args.warmup_steps} is not less than the run's {steps} steps: take fewer")
     return train, evaluation_rows(load_rows(args, "validation"), tokenizer, limit)
 
 
@@ -1324,7 +1345,8 @@ def _step(
     mean_row = _total(totals, row_blocks) / R
     u_square, p_square = _total(u_squares, tiles), _total(p_squares, tiles)
     finite = tl.abs(u_square + p_square + _total(totals, blocks)) < float("inf")
-    scale = tl.where(u_square > tiny, lr * tl.maximum(tl.sqrt(p_square), least_norm) / tl.sqrt(u_square), 0.0)
+    norm = tl.load(lr) * tl.maximum(tl.sqrt(p_square), least_norm)
+    scale = tl.where(u_square > tiny, norm / tl.sqrt(u_square), 0.0)
     if (i == 0) & (j == 0) & (finite == 0):
         tl.store(skipped, tl.load(skipped) + 1)
     if finite:
@@ -1367,7 +1389,8 @@ def _whole_update(
     u = x_g * tl.rsqrt(new_row / (total / n)) * tl.rsqrt(new_col)
     u_square, p_square = tl.sum(tl.where(at < n, u * u, 0.0)), tl.sum(x_p * x_p)
     finite = tl.abs(u_square + p_square + total + new_col) < float("inf")
-    scale = tl.where(u_square > tiny, lr * tl.maximum(tl.sqrt(p_square), least_norm) / tl.sqrt(u_square), 0.0)
+    norm = tl.load(lr) * tl.maximum(tl.sqrt(p_square), least_norm)
+    scale = tl.where(u_square > tiny, norm / tl.sqrt(u_square), 0.0)
     tl.store(count, updates)
     if finite:
         x = x_p - u * scale
@@ -1383,7 +1406,7 @@ def _whole_update(
 def fused_adafactor_update(p, g, row, col, lr, beta2, rounding, count, number, seed, skipped):
     """`adafactor_update` in four kernels, a short vector's in one; p and g [R, C] contiguous, fp32 or bf16, on a GPU.
 
-    count: int32 scalar tensor, the updates of this tensor so far; number: int, which tensor it is; both and `seed` key
+    lr: fp32 scalar tensor. count: int32 scalar tensor, the updates of this tensor so far; number: int, which tensor it is; both and `seed` key
     the rounding noise. skipped: int64 scalar tensor, raised by 1 where the update is not finite. Equal inputs give
     equal bits.
     """
@@ -1422,13 +1445,37 @@ def _as_matrix(x):
     return x.view(-1, x.shape[-1] if x.ndim > 1 else 1)
 
 
+SCHEDULES = {  # the part of --lr at a part, from 0 to 1, of the steps after the warm-up
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: (1.0 + math.cos(math.pi * done)) / 2,
+}
+
+
+def learning_rate(args, done, steps):
+    """The learning rate of the step that follows `done` of a run's `steps`."""
+    if done < args.warmup_steps:
+        return args.lr * (done + 1) / args.warmup_steps
+    return args.lr * SCHEDULES[args.schedule]((done - args.warmup_steps) / (steps - args.warmup_steps))
+
+
+def set_learning_rate(optimizer, lr):
+    """Set it for all groups; in place where it is a tensor, which captured graphs read."""
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
 class Adafactor(torch.optim.Optimizer):
     """`adafactor_update` as a torch optimizer for fp32 or bf16 weights of one device.
 
     `step()` updates every parameter with a gradient; `update(p)` one of them, for use inside the backward pass. Of more
     than two dimensions, all but the last count as rows. A vector counts as [n, 1], for which the factored mean *is* the
     unfactored one. `fused`: run the update as `fused_adafactor_update`'s kernels; None: on a GPU where Triton is there.
-    `skipped`: int64 tensor on the device, the updates left out because they were not finite.
+    `skipped`: int64 tensor on the device, the updates left out because they were not finite. Each group's "lr" becomes an
+    fp32 scalar tensor on the device, so that schedules reach captured graphs: torch's write into it.
     """
 
     def __init__(self, params, lr, beta2=0.99, rounding="stochastic", seed=0, fused=None):
@@ -1439,6 +1486,8 @@ class Adafactor(torch.optim.Optimizer):
         self.fused = triton is not None and device.type == "cuda" if fused is None else fused
         if not all(p.is_contiguous() for group in self.param_groups for p in group["params"]):
             raise ValueError("Adafactor takes contiguous parameters")
+        for group in self.param_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
         self.generator = torch.Generator(device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.group_of = {p: group for group in self.param_groups for p in group["params"]}
@@ -1633,7 +1682,7 @@ def size_in_bytes(tensors):
 
 
 CHECKPOINT_REST = 2**20  # bytes beside tensors and metrics: names, sums, what the file system needs
-FORMAT = 2  # of a checkpoint; one of another format is refused
+FORMAT = 3  # of a checkpoint; one of another format is refused
 SHARD = 2**30  # bytes of a checkpoint file, so that one shard at a time is copied to host memory
 HASHED = 2**25  # bytes in host memory at a time, of files and weights that are hashed
 MAY_DIFFER = {
@@ -1695,8 +1744,10 @@ def check_resume(args, run_dir):
         saved = _settings_at_start(run_dir) or vars(args)
     if saved.get("script") != args.script:
         raise UserError(f"--resume: {run_dir} was started with {saved.get('script')}.py: go on with that")
+    falls = saved.get("schedule", "constant") != "constant"  # to 0 at the run's end, which then stays where it is
+    may_differ = MAY_DIFFER - ({"epochs", "max_steps"} if falls else set())
     differing = [
-        f"--{k} {saved.get(k)} is now {v}" for k, v in vars(args).items() if k not in MAY_DIFFER and saved.get(k) != v
+        f"--{k} {saved.get(k)} is now {v}" for k, v in vars(args).items() if k not in may_differ and saved.get(k) != v
     ]
     if differing:
         raise UserError(f"--resume: {run_dir} was started with other settings: {'; '.join(differing)}")
@@ -1990,6 +2041,7 @@ class Run:
             "losses": [0.0, 0.0],
             "eval": [],
         }
+        self.steps = planned_steps(args, self.train)
         self.dir = Path(args.output_dir) / args.run_name
         self.state = {"args": vars(args), "fingerprints": fingerprints(model, trained, data)}
         self._need_space(copies=1 if args.resume and last_checkpoint(self.dir) else 2)
@@ -2087,6 +2139,7 @@ class Run:
                 for rows in order[self.progress["batch"] :]:
                     if self.stopped or ending.signal and not self.bad_steps.item():  # which must not be saved
                         break
+                    set_learning_rate(self.optimizer, learning_rate(self.args, self.progress["step"], self.steps))
                     yield collate([self.train[row] for row in rows], self.limit, self.pad_to).to(self.device)
             self._stop_clock()
             bad = self.bad_steps.item()
@@ -2134,7 +2187,7 @@ class Run:
             self._log(
                 {
                     "train_loss": total / number if number else None,
-                    "lr": self.optimizer.param_groups[0]["lr"],
+                    "lr": learning_rate(self.args, progress["step"] - 1, self.steps),
                     "memory_gib": self.memory.sample(),
                     "rows_per_second": self._rows_per_second(),
                     "skipped_updates": skipped.item(),

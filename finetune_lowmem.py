@@ -712,14 +712,12 @@ def advise_no_compile():
 @contextmanager
 def learning_rate_zero(optimizer):
     """Steps in this context move nothing; at its end learning rates and state are as at the start of training."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
+    rate = float(optimizer.param_groups[0]["lr"])
+    common.set_learning_rate(optimizer, 0.0)
     try:
         yield
     finally:
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        common.set_learning_rate(optimizer, rate)
         optimizer.reset()
 
 

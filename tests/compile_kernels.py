@@ -21,10 +21,7 @@ KERNELS = {  # as `fused_adafactor_update` and `rows_from_host` launch them on b
     "_whole_update": {"STOCHASTIC": True, "BLOCK": 2**13},
     "_copy_rows": {"BLOCK": 1024},
 }
-TYPES = {
-    "i32": ["R", "C", "n", "width", *common._COUNTS],
-    "fp32": ["divisor", "beta2_rest", "tiny", "lr", "least_norm"],
-}
+TYPES = {"i32": ["R", "C", "n", "width", *common._COUNTS], "fp32": ["divisor", "beta2_rest", "tiny", "least_norm"]}
 TYPES |= {"*bf16": ["p", "g", "table", "out"], "*i32": ["count"], "*i64": ["skipped", "ids"]}
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names}
 

@@ -346,7 +346,7 @@ def test_kernels_round_without_bias():
 
 @pytest.mark.gpu
 def test_kernels_neither_wait_for_the_host_nor_depend_on_it():
-    """Captured once, replayed five times: the same weights and state, to the bit, as five calls."""
+    """Captured once, replayed at five learning rates: the same weights and state, to the bit, as five calls."""
     results = []
     for captured in (True, False):
         torch.manual_seed(0)
@@ -359,7 +359,8 @@ def test_kernels_neither_wait_for_the_host_nor_depend_on_it():
             if captured:
                 with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                     optimizer.step()
-            for _ in range(5):
+            for lr in (1e-3, 3e-3, 1e-2, 0.0, 1e-4):
+                common.set_learning_rate(optimizer, lr)
                 graph.replay() if captured else optimizer.step()
             torch.cuda.synchronize()
             results.append([p.detach().clone(), *(v.clone() for v in optimizer.state[p].values())])

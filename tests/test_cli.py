@@ -136,10 +136,8 @@ def test_same_seed_same_run_other_seed_other_run(run, script):
 def test_every_flag_is_in_help_with_its_default(script):
     code, out, err = command(script, "--help")
     assert code == 0
-    flags = (
-        "run-name model dataset batch_size lr epochs max_steps train_rows eval_rows train_text trained seed log_every"
-    )
-    flags += " save_every resume output_dir no_save_model demo " + (
+    flags = "run-name model dataset batch_size lr epochs max_steps train_rows eval_rows train_text trained schedule seed log_every"
+    flags += " warmup_steps save_every resume output_dir no_save_model demo " + (
         "optimizer" if script == "finetune_base" else "nostround"
     )
     text = " ".join(out.split())
@@ -268,6 +266,57 @@ def test_dataset_forms(run, form, tmp_path):
     assert [row["ind"] for row in lines(run_folder / "eval_epoch0.jsonl")] == [0, 1, 2, 3]
 
 
+SCHEDULE_TRUTH = {  # of 10 steps at a rate of 1, the first 4 warming up
+    "constant": [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1],
+    "linear": [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6],
+    "cosine": [0.25, 0.5, 0.75, 1, 1, 0.933013, 0.75, 0.5, 0.25, 0.066987],
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULE_TRUTH)
+@pytest.mark.parametrize(
+    ("script", "flags"), [("finetune_base", ("--optimizer", "Adafactor")), ("finetune_lowmem", ())]
+)
+def test_steps_are_as_long_as_the_schedule_says(run, script, flags, schedule, monkeypatch):
+    """Adafactor moves each tensor by its norm times the rate: within 2 %, and 5e-4 (rounding to bf16 moves it by 2e-3)."""
+    moved, plain, last = [], common.Run.after_step, {}
+
+    def after_step(run, *args):
+        name, p = next((n, p) for n, p in run.trained.items() if p.ndim == 2)
+        now = p.detach().double().clone()
+        moved.append((now - last[name]).norm() / last[name].norm() if last else None)
+        last[name] = now
+        plain(run, *args)
+
+    monkeypatch.setattr(common.Run, "after_step", after_step)
+    more = ("--batch_size", 4, "--schedule", schedule, "--warmup_steps", 4, "--max_steps", 10, "--lr", 0.1)
+    _, folder = run(script, "r", *flags, *more, "--log_every", 1)
+    truth = torch.tensor(SCHEDULE_TRUTH[schedule])
+    logged = torch.tensor([m["lr"] for m in lines(folder / "metrics.jsonl") if "lr" in m])
+    torch.testing.assert_close(logged, 0.1 * truth, rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.tensor(moved[1:]).float(), 0.1 * truth[1:], rtol=0.02, atol=5e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+def test_torch_optimizers_follow_the_schedule(run, optimizer, monkeypatch):
+    seen, plain = [], common.Run.after_step
+    monkeypatch.setattr(
+        common.Run,
+        "after_step",
+        lambda run, *args: (seen.append(run.optimizer.param_groups[0]["lr"]), plain(run, *args)),
+    )
+    flags = ("--batch_size", 4, "--schedule", "linear", "--warmup_steps", 4, "--max_steps", 10, "--lr", 1e-3)
+    run("finetune_base", "r", "--optimizer", optimizer, *flags)
+    assert seen == pytest.approx([1e-3 * part for part in SCHEDULE_TRUTH["linear"]])
+
+
+@both_scripts
+def test_a_warm_up_longer_than_the_run_is_refused(run, script):
+    with pytest.raises(common.UserError, match="--warmup_steps 10 is not less than the run's 10 steps: take fewer"):
+        run(script, "r", "--batch_size", 4, "--max_steps", 10, "--warmup_steps", 10)
+    run(script, "evaluation", "--epochs", 0, "--warmup_steps", 10)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
@@ -291,6 +340,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, script, flags, stop):
     ]
     assert timeless[0] == timeless[1]
     assert [f.name for f in (parts / "checkpoint").iterdir()] == ["step-30"]
+
+
+@both_scripts
+def test_a_resumed_run_goes_on_with_its_schedule(run, script, monkeypatch):
+    flags = ("--epochs", 2, "--batch_size", 4, "--save_every", 3, "--schedule", "cosine", "--warmup_steps", 5)
+    _, whole = run(script, "whole", *flags)
+    with monkeypatch.context() as patch:
+        plain = common.Run.after_step
+
+        def killed(run, *args):
+            plain(run, *args)
+            if run.progress["step"] == 14:
+                raise RuntimeError("killed")
+
+        patch.setattr(common.Run, "after_step", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(script, "parts", *flags)
+    for changed in (("--epochs", 3), ("--max_steps", 20)):
+        with pytest.raises(common.UserError, match=f"started with other settings: {changed[0]} .* is now {changed[1]}"):
+            run(script, "parts", *flags, *changed, "--resume")
+    summary, parts = run(script, "parts", *flags, "--resume")
+    assert summary["steps"] == 30
+    assert all(torch.equal(t, weights(parts / "model")[n]) for n, t in weights(whole / "model").items())
 
 
 def test_save_every_writes_checkpoints_in_between(run, monkeypatch):
@@ -323,7 +395,7 @@ OTHER_SETTINGS = [
     for script in SCRIPTS
     for setting in [
         ("--model", "elsewhere"), ("--dataset", "elsewhere"), ("--train_rows", 50), ("--eval_rows", 9), ("--train_text", "raw"),
-        ("--trained", "all"), ("--batch_size", 5), ("--lr", "0.5"), ("--seed", 7),
+        ("--trained", "all"), ("--batch_size", 5), ("--lr", "0.5"), ("--seed", 7), ("--schedule", "linear"), ("--warmup_steps", 3),
     ]
 ] + [("finetune_lowmem", "--nostround"), ("finetune_base", "--optimizer", "SGD")]  # fmt: skip
 
@@ -466,6 +538,8 @@ BAD_ARGUMENTS = {
     "infinite lr": (["--lr", "inf"], "'inf' is not a number above 0"),
     "overflowing lr": (["--lr", "1e999"], "'1e999' is not a number above 0"),
     "word for lr": (["--lr", "fast"], "'fast' is not a number above 0"),
+    "schedule": (["--schedule", "step"], "invalid choice: 'step'"),
+    "negative warm-up": (["--warmup_steps", "-1"], "'-1' is not a whole number, 0 or more"),
     "negative epochs": (["--epochs", "-1"], "'-1' is not a whole number, 0 or more"),
     "zero budget": (["--memory_budget", "0"], "--memory_budget"),
     "zero steps": (["--max_steps", "0"], "'0' is not a whole number above 0"),
