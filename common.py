@@ -1406,9 +1406,9 @@ def _whole_update(
 def fused_adafactor_update(p, g, row, col, lr, beta2, rounding, count, number, seed, skipped):
     """`adafactor_update` in four kernels, a short vector's in one; p and g [R, C] contiguous, fp32 or bf16, on a GPU.
 
-    lr: fp32 scalar tensor. count: int32 scalar tensor, the updates of this tensor so far; number: int, which tensor it is; both and `seed` key
-    the rounding noise. skipped: int64 scalar tensor, raised by 1 where the update is not finite. Equal inputs give
-    equal bits.
+    lr: fp32 scalar tensor. count: int32 scalar tensor, the updates of this tensor so far; number: int, which tensor it
+    is; both and `seed` key the rounding noise. skipped: int64 scalar tensor, plus 1 where the update is not finite.
+    Equal inputs give equal bits.
     """
     (rows, cols), least_norm = p.shape, 1e-3 * math.sqrt(p.numel())
     stochastic = rounding == "stochastic" and p.dtype == torch.bfloat16
@@ -1474,8 +1474,8 @@ class Adafactor(torch.optim.Optimizer):
     `step()` updates every parameter with a gradient; `update(p)` one of them, for use inside the backward pass. Of more
     than two dimensions, all but the last count as rows. A vector counts as [n, 1], for which the factored mean *is* the
     unfactored one. `fused`: run the update as `fused_adafactor_update`'s kernels; None: on a GPU where Triton is there.
-    `skipped`: int64 tensor on the device, the updates left out because they were not finite. Each group's "lr" becomes an
-    fp32 scalar tensor on the device, so that schedules reach captured graphs: torch's write into it.
+    `skipped`: int64 tensor on the device, the updates left out because they were not finite. Each group's "lr" becomes
+    an fp32 scalar tensor on the device, so that schedules reach captured graphs: torch's write into it.
     """
 
     def __init__(self, params, lr, beta2=0.99, rounding="stochastic", seed=0, fused=None):
