@@ -2,7 +2,7 @@
 
     python tests/benchmarks/gpu.py --tokenizer MODEL_FOLDER --dataset DATASET_FOLDER --out results.json
 
-The folders are the demo's, in ~/.cache/lowmem_finetuning (run a --demo once); the last two cases train its real model. Each case is the real script in a process
+The folders are the demo's, in ~/.cache/lowmem_finetuning (run a --demo once); the last cases, those named SmolLM2, train its real model. Each case is the real script in a process
 of its own, training and evaluation included; only the weights are made on the GPU instead of read, and no checkpoint is
 written. SmolLM2's tokenizer stands in for Llama's: its ids are a part of Llama's vocabulary, and rows come out about as
 long. Batches of all lengths are shuffled within windows of 64: compiled cases warm up, are timed and profiled over whole
@@ -66,9 +66,21 @@ BUDGETS = {  # --memory_budget: layers streamed from host memory; not compiled, 
         ("8B", 8, 3), ("8B", 8, 4), ("8B", 8, 6), ("8B", 8, 8), ("8B", 8, 12), ("8B", 32, 6), ("1B", 8, 1.7),
     ]
 } | {"32B, batch 8, 12 GiB": ("finetune_lowmem", "32B", ["--eval_rows", "40"], (8, 12, 2), 12)}  # fmt: skip
+METHODS = {  # whose accuracy accuracy.py measures: (script, flags), those that take longest first
+    "FP32 Adafactor, batch 8": ("finetune_base", ["--optimizer", "Adafactor", "--batch_size", "8"]),
+    "FP32 Adam, batch 8": ("finetune_base", ["--batch_size", "8"]),
+    "FP32 Adam, batch 32": ("finetune_base", []),
+    "low-memory": ("finetune_lowmem", []),
+    "low-memory, --nostround": ("finetune_lowmem", ["--nostround"]),
+    "low-memory, --train_text raw": ("finetune_lowmem", ["--train_text", "raw"]),
+    "low-memory, --trained all": ("finetune_lowmem", ["--trained", "all"]),
+}
 REAL_MODEL_CASES = {  # with the demo's SmolLM2, read from --tokenizer
     "low-memory SmolLM2": ("finetune_lowmem", None, [], (64, 64, 0), None),
     "low-memory SmolLM2, --no_compile, eager update": ("finetune_lowmem", None, ["--no_compile"], (64, 64, 0), None),
+} | {
+    f"SmolLM2 not compiled: {name}": (script, None, flags, (128, 128, 0) if "lowmem" in script else (16, 48, 0), None)
+    for name, (script, flags) in METHODS.items()
 }
 
 UPDATE_KERNELS = ["_square_sums", "_running_means", "_norms", "_step", "_whole_update"]  # of common

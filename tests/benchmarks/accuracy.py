@@ -1,0 +1,295 @@
+"""What low memory costs in accuracy: both scripts on a real model, over learning rates and seeds.
+
+    python tests/benchmarks/accuracy.py --model MODEL_FOLDER --dataset DATASET_FOLDER    # runs what is missing
+    python tests/benchmarks/accuracy.py --model ... --dataset ... --only low-memory --lr 1e-4 --seed 42    # one cell again
+    python tests/benchmarks/accuracy.py --report     # table and picture from the committed results; runs nothing
+
+The folders are the demo's, in ~/.cache/lowmem_finetuning (run a --demo once). A cell is one whole run of a script, all
+rows, three epochs: a method, a learning rate and a seed, which moves the order of the rows and the rounding. Each method
+runs the same grid of rates with the first seed, then the rate with the lowest gold NLL after the last epoch with the
+other seeds. Results are JSON lines, appended as runs end; what they hold is not run again.
+
+The report has means and standard errors over seeds, and differences to FP32 Adam on the same held-out rows, with 95 %
+intervals by bootstrap (Efron 1979). Memory and speed come from gpu.py, which runs each method alone on its card.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gpu import METHODS, commit
+
+ROOT, RESULTS = Path(__file__).parents[2], Path(__file__).parent / "results"
+GRID = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3]
+SEEDS = [42, 43, 44]
+YARDSTICK = "FP32 Adam, batch 32"
+MORE_SEEDS = {YARDSTICK: [45, 46], "low-memory": [45, 46]}  # the claim is about their difference
+SMALL_RATE = 1e-5  # where rounding to nearest loses most: a step is 0.3 to 0.5 % of the distance of bf16 neighbours
+AT_SMALL_RATE = ["FP32 Adafactor, batch 8", "low-memory", "low-memory, --nostround"]
+SCORES = {"acc": "acc, %", "acc_norm": "acc_norm, %", "gold_nll": "gold NLL, nats"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which cells
+
+
+def cell_of(result):
+    return result["method"], result["lr"], result["seed"]
+
+
+def load(path):
+    """Results by cell; of a cell that was run again the last."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {cell_of(result): result for result in map(json.loads, lines)}
+
+
+def best_rate(results, method):
+    """The rate with the lowest gold NLL after the last epoch; None before the method's whole grid has run."""
+    grid = [results.get((method, rate, SEEDS[0])) for rate in GRID]
+    if not all(grid):
+        return None
+    losses = [
+        r["eval"][-1]["gold_nll"] if "eval" in r else float("inf") for r in grid
+    ]  # inf: the run ended in an error
+    return GRID[int(np.argmin(losses))]
+
+
+def missing_cells(results, methods):
+    """The cells of the table that `results` lack, in the order in which they should run."""
+    wanted = []
+    for method in methods:
+        wanted += [(method, rate, SEEDS[0]) for rate in GRID]
+        if method in AT_SMALL_RATE:
+            wanted += [(method, SMALL_RATE, seed) for seed in SEEDS]
+        if best := best_rate(results, method):
+            wanted += [(method, best, seed) for seed in [*SEEDS, *MORE_SEEDS.get(method, [])]]
+    return [cell for cell in dict.fromkeys(wanted) if cell not in results]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running them
+
+
+class CellRun:
+    """The script at work on a cell, in a process and a temporary folder of its own."""
+
+    def __init__(self, cell, card, args):
+        method, rate, seed = self.cell = cell
+        self.card, self.args, self.began = card, args, time.time()
+        self.folder = tempfile.TemporaryDirectory()
+        script, flags = METHODS[method]
+        self.command = [f"{script}.py", *flags, "--lr", f"{rate:g}", "--seed", str(seed)]
+        where = ["--run-name", "cell", "--output_dir", self.folder.name, "--no_save_model"]
+        where += ["--model", args.model, "--dataset", args.dataset]
+        environment = os.environ | {} if card is None else os.environ | {"CUDA_VISIBLE_DEVICES": str(card)}
+        with open(f"{self.folder.name}/log", "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *self.command, *where], cwd=ROOT, env=environment, stdout=log, stderr=log
+            )
+
+    def ended(self):
+        return self.process.poll() is not None
+
+    def result(self):
+        method, rate, seed = self.cell
+        result = {"method": method, "lr": rate, "seed": seed, "command": " ".join(self.command)}
+        result |= {"commit": self.args.commit, "wall_seconds": round(time.time() - self.began)}
+        run = Path(self.folder.name)
+        if self.process.returncode:
+            return result | {"failed": (run / "log").read_text().strip().splitlines()[-1][:300]}
+        summary = json.loads((run / "cell" / "summary.json").read_text())
+        last = run / "cell" / f"eval_epoch{summary['eval'][-1]['epoch']}.jsonl"
+        result |= {name: summary[name] for name in ("steps", "eval", "train_seconds", "skipped_updates", "versions")}
+        return result | {"at_once": self.args.at_once, "rows": row_scores(map(json.loads, last.open()))}
+
+
+def row_scores(lines):
+    """{score: one number a row} of an eval_epoch<k>.jsonl; of acc and acc_norm a text of 0 and 1 for wrong and right."""
+    found = {name: [] for name in SCORES}
+    for row in lines:
+        scores, label = np.array(row["loglikelihoods"]), row["label"]
+        found["acc"].append(np.argmax(scores) == label)
+        found["acc_norm"].append(np.argmax(scores / row["chars"]) == label)
+        found["gold_nll"].append(round(-scores[label], 2))
+    return found | {name: "".join(str(int(right)) for right in found[name]) for name in ("acc", "acc_norm")}
+
+
+def run_cells(cells_to_run, args):
+    """Run the cells that `cells_to_run(results)` names, `at_once` on each card, until none is left or time is up."""
+    results, running, began = load(args.results), [], time.time()
+    free = [card for _ in range(args.at_once) for card in (list(range(torch.cuda.device_count())) or [None])]
+    while True:
+        for run in [run for run in running if run.ended()]:
+            results[run.cell] = result = run.result()
+            with args.results.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            last = result.get("failed") or ", ".join(f"{name} {result['eval'][-1][name]:.2f}" for name in SCORES)
+            print(f"{time.time() - began:5.0f} s", *run.cell, f"({result['wall_seconds']} s):", last, flush=True)
+            running.remove(run)
+            free.append(run.card)
+            run.folder.cleanup()
+        for cell in cells_to_run(results):
+            if free and cell not in [run.cell for run in running] and time.time() < began + 60 * args.minutes:
+                running.append(CellRun(cell, free.pop(0), args))
+        if not running:
+            return
+        time.sleep(0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def seeds_of(results, method, rate):
+    return [r for cell, r in sorted(results.items()) if cell[:2] == (method, rate) and "eval" in r]
+
+
+def by_row(runs, score):
+    """[seeds, rows] of a score after the last epoch, accuracies in percent."""
+    if score == "gold_nll":
+        return np.array([run["rows"][score] for run in runs])
+    return np.array([[100.0 * (right == "1") for right in run["rows"][score]] for run in runs])
+
+
+def difference(ours, theirs, draws=10_000, seed=0):
+    """(mean, low, high) of the mean of ours [seeds, rows] minus that of theirs [other seeds, the same rows].
+
+    low, high: 95 % interval by percentiles of `draws` bootstrap samples. Each draws rows with replacement, the same for
+    both, and seeds of each by itself. n seeds so show (n - 1) / n of their variance.
+    """
+    rng, rows = np.random.default_rng(seed), ours.shape[1]
+    samples = []
+    for _ in range(draws):
+        weights = np.bincount(rng.integers(rows, size=rows), minlength=rows) / rows
+        a, b = (x[rng.integers(len(x), size=len(x))].mean(0) for x in (ours, theirs))
+        samples.append((a - b) @ weights)
+    return ours.mean() - theirs.mean(), *np.percentile(samples, [2.5, 97.5])
+
+
+def over_seeds(values, digits):
+    error = f" ± {stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{error}"
+
+
+def table(results, speed):
+    """Lines of Markdown: each method at its best rate."""
+    best = {method: best_rate(results, method) for method in METHODS}
+    theirs = seeds_of(results, YARDSTICK, best[YARDSTICK])
+    yield f"| method | lr | seeds | {' | '.join(SCORES.values())} | peak, GiB | rows/s |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, method in (("FP32", YARDSTICK), ("bf16", "low-memory")):
+        before = seeds_of(results, method, best[method])[0]["eval"][0]
+        yield f"| no fine-tuning, {name} weights | | | {' | '.join(f'{before[s]:.2f}' for s in SCORES)} | | |"
+    for method, rate in best.items():
+        if rate:
+            runs, cost = seeds_of(results, method, rate), speed.get(f"SmolLM2 not compiled: {method}")
+            scores = [over_seeds([run["eval"][-1][score] for run in runs], 2) for score in SCORES]
+            cost = [f"{max(m['device'] for m in cost['memory_gib'].values()):.2f}", f"{cost['rows_per_second']:.0f}"]
+            yield f"| {method} | {rate:g} | {len(runs)} | {' | '.join([*scores, *cost])} |"
+    yield ""
+    yield f"| minus {YARDSTICK} | acc, points | acc_norm, points | gold NLL, nats |"
+    yield "|---|---|---|---|"
+    for method, rate in best.items():
+        if rate and method != YARDSTICK:
+            runs = seeds_of(results, method, rate)
+            cells = [difference(by_row(runs, score), by_row(theirs, score)) for score in SCORES]
+            yield f"| {method} | {' | '.join(f'{d:+.2f} ({low:+.2f} to {high:+.2f})' for d, low, high in cells)} |"
+
+
+def grid_table(results):
+    """Lines of Markdown: gold NLL and acc_norm after the last epoch over the grid, first seed."""
+    yield f"| gold NLL / acc_norm, seed {SEEDS[0]} | {' | '.join(f'{rate:g}' for rate in GRID)} |"
+    yield "|---" * (len(GRID) + 1) + "|"
+    for method in METHODS:
+        runs = [results.get((method, rate, SEEDS[0]), {}).get("eval") for rate in GRID]
+        cells = [f"{run[-1]['gold_nll']:.2f} / {run[-1]['acc_norm']:.1f}" if run else "" for run in runs]
+        yield f"| {method} | {' | '.join(cells)} |"
+
+
+def small_rate_table(results):
+    """Lines of Markdown: gold NLL after each epoch at the small rate."""
+    runs = {method: seeds_of(results, method, SMALL_RATE) for method in AT_SMALL_RATE}
+    steps = [e["step"] for e in runs[AT_SMALL_RATE[0]][0]["eval"]]
+    yield f"| gold NLL at --lr {SMALL_RATE:g}, after steps | {' | '.join(map(str, steps))} |"
+    yield "|---" * (len(steps) + 1) + "|"
+    for method, found in runs.items():
+        cells = [over_seeds([run["eval"][k]["gold_nll"] for run in found], 3) for k in range(len(steps))]
+        yield f"| {method}, {len(found)} seeds | {' | '.join(cells)} |"
+
+
+def plot(results, out):
+    """Scores after each epoch at each method's best rate, and gold NLL at the small rate; bands: standard errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")
+    panels = [(score, {m: best_rate(results, m) for m in METHODS}) for score in ("gold_nll", "acc", "acc_norm")]
+    panels.append(("gold_nll", dict.fromkeys(AT_SMALL_RATE, SMALL_RATE)))
+    for (score, rates), ax in zip(panels, axes.flat, strict=True):
+        for color, method in enumerate(METHODS):
+            if runs := seeds_of(results, method, rates.get(method)):
+                scores = np.array([[e[score] for e in run["eval"]] for run in runs])
+                error = scores.std(0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else 0
+                line = "--" if "FP32" in method else "-"
+                label = f"{method}, --lr {rates[method]:g}"
+                ax.plot(scores.mean(0), line, marker=".", color=f"C{color}", label=label)
+                ax.fill_between(
+                    range(scores.shape[1]), scores.mean(0) - error, scores.mean(0) + error, alpha=0.2, color=f"C{color}"
+                )
+        small = set(rates.values()) == {SMALL_RATE}
+        ax.set_title(f"all at --lr {SMALL_RATE:g}" if small else "each at the best rate of its grid", fontsize=9)
+        ax.set_xlabel("epochs of the demo's 8,021 training rows", fontsize=8)
+        ax.set_ylabel(f"held-out {SCORES[score]}", fontsize=8)
+        ax.set_xticks(range(scores.shape[1]))
+        ax.grid(alpha=0.3)
+        if score == "gold_nll":
+            ax.legend(fontsize=7)
+    figure.savefig(out, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="the demo's model folder")
+    parser.add_argument("--dataset", help="the demo's data set folder")
+    parser.add_argument("--results", type=Path, default=RESULTS / "accuracy.jsonl")
+    parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--lr", type=float, help="with --seed: run this cell of each method, though results hold it")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--at_once", type=int, default=1, help="processes on each card")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many")
+    parser.add_argument("--commit", default=commit(), help="recorded in the results; asked of git if left out")
+    parser.add_argument("--report", action="store_true", help="print the tables and draw accuracy.png, run nothing")
+    parser.add_argument(
+        "--speed", type=Path, default=RESULTS / "gpu-smollm2.json", help="gpu.py's results, for --report"
+    )
+    args = parser.parse_args()
+    if args.report:
+        results = load(args.results)
+        speed = {case["case"]: case for case in json.loads(args.speed.read_text())["cases"]}
+        for lines in (table(results, speed), grid_table(results), small_rate_table(results)):
+            print(*lines, "", sep="\n")
+        plot(results, args.results.with_suffix(".png"))
+    elif not args.model or not args.dataset or (args.lr is None) != (args.seed is None):
+        parser.error("--model and --dataset name the demo's folders; --lr and --seed go together")
+    elif args.lr is not None:
+        before = load(args.results)
+        again = [(method, args.lr, args.seed) for method in args.only]
+        run_cells(lambda results: [c for c in again if results.get(c) is before.get(c)], args)
+    else:
+        run_cells(lambda results: missing_cells(results, args.only), args)
+
+
+if __name__ == "__main__":
+    main()
