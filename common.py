@@ -50,6 +50,7 @@ except ImportError:  # comes with PyTorch's builds for GPUs, and only a GPU's ke
 IGNORE = -100  # label of a position that is not trained: F.cross_entropy's default ignore_index
 GIB = 2**30
 LOGITS = 2**23  # that exist at once, of fp32: 32 MiB
+PIECE = 2**25  # bytes of a head's weights that are worked on, or on the device, at a time
 CONTROL_GROUPS, OWN_CONTROL_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -620,7 +621,7 @@ class Head:
                 raise UserError(
                     f"the model's config.json is damaged: {name} is {getattr(config, name)!r}, not a number"
                 )
-        self.layer = layer
+        self.layer, self.piece_rows = layer, max(1, PIECE // layer.weight[0].nbytes)
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self.softcap = getattr(config, "final_logit_softcapping", None)
 
@@ -649,6 +650,12 @@ class Head:
         if bias is not None:
             logits = logits + bias.float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def weight_pieces(self):
+        """Yield (slice of the vocabulary, its `piece_rows` rows of the weight, theirs of the bias or None)."""
+        for start in range(0, len(self.weight), self.piece_rows):
+            part = slice(start, min(start + self.piece_rows, len(self.weight)))
+            yield part, self.weight[part], None if self.bias is None else self.bias[part]
 
     def pieces(self, *tensors, rows=None):
         """Each of the tensors [n, ...] in pieces of few logits, of `rows` rows of the head if not of all."""
@@ -2360,7 +2367,7 @@ class Run:
 
 def versions(device):
     """What a figure depends on: the packages and the processor."""
-    found = {name: version(name) for name in ("torch", "transformers", "datasets", "cut-cross-entropy")}
+    found = {name: version(name) for name in ("torch", "transformers", "datasets")}
     return {
         "python": platform.python_version(),
         **found,

@@ -32,7 +32,6 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 import common
 
@@ -43,7 +42,6 @@ SLOTS = 2  # layers on the device of those that stream
 GRAPH = 2**19  # bytes that CUDA takes for each decoder layer in a graph: on an H100 0.44 MiB, an evaluation's less
 GAPS = 2**26  # bytes that PyTorch's allocator cannot use, beyond those of the measured step: 0.03 to 0.06 GiB
 PAGES = 512  # bytes of locked host memory for which the GPU keeps one of its own: 8 for each page of 4 KiB
-PIECE = 2**25  # bytes of the head's weights on the device at a time, where they stream
 
 
 def precision():
@@ -56,30 +54,102 @@ def precision():
 
 
 def target_loss(head, hidden, targets, weights):
-    """Cross entropy of targets [n] after hidden [n, width], summed with weights [n]; no [n, vocabulary] array exists.
+    """fp32 scalar: cross entropy of targets [n] after hidden [n, width], summed with weights [n].
 
-    On a GPU cut-cross-entropy's kernel (Wijmans et al. 2024), which keeps logits on chip; where it cannot run (no GPU,
-    or a head with a bias) a piece of the positions at a time, each piece's logits made again in backward.
+    No [n, vocabulary] array exists.
     """
-    if isinstance(head, StreamedHead):
-        return -(head.log_probs(hidden, targets) * weights).sum()
-    if hidden.is_cuda and head.bias is None:
-        from cut_cross_entropy.cce import CCEParams, linear_cross_entropy_apply  # needs triton, as only a GPU has
+    return -(LinearLogProbs.apply(hidden, targets, head.weight, head.bias, head) * weights).sum()
 
-        # Not linear_cross_entropy itself: it looks for ignored targets, and the host would wait for the answer.
-        # filter_eps=None: by default small gradients are dropped, and Adafactor scales a rare token's row up to size.
-        params = CCEParams(targets, None, head.softcap, "none", filter_eps=None, shift=False, batch_shape=targets.shape)
-        return (linear_cross_entropy_apply(hidden * head.scale, head.weight, params) * weights).sum()
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for h, t, w in zip(*head.pieces(hidden, targets, weights), strict=True):
-        total = total + checkpoint(
-            lambda h, t, w: (F.cross_entropy(head.logits(h), t, reduction="none") * w).sum(),
-            h,
-            t,
-            w,
-            use_reentrant=False,
-        )
-    return total
+
+class LinearLogProbs(torch.autograd.Function):
+    """fp32 [n]: log-probability of targets [n] after hidden [n, width], from a piece of the head's rows at a time.
+
+    Logits are made in pieces and not kept, as in cut-cross-entropy (Wijmans et al. 2024), but all sums over the
+    vocabulary are fp32 and in a fixed order. The softmax's running maximum and sum, rescaled from piece to piece
+    (Milakov & Gimelshein 2018), carry the gradient by `hidden` with them: weights that stream are needed only once.
+    A head that is trained makes its logits again in backward. weight, bias: the head's, for autograd to see.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, targets, weight, bias, head):
+        some = head.pieces(hidden, targets, rows=head.piece_rows)
+        softmaxes = [RunningSoftmax(head, *pair, ctx.needs_input_grad[0]) for pair in zip(*some, strict=True)]
+        for piece in head.weight_pieces():
+            for softmax in softmaxes:
+                softmax.add(*piece)
+        ctx.head, by_hidden = head, None
+        if ctx.needs_input_grad[0]:
+            by_hidden = torch.cat([softmax.gradient() for softmax in softmaxes])
+        trained = (hidden, targets, torch.cat([softmax.log_total() for softmax in softmaxes]), weight, bias)
+        ctx.save_for_backward(by_hidden, *(trained if ctx.needs_input_grad[2] else [hidden]))
+        return torch.cat([softmax.log_probs() for softmax in softmaxes])
+
+    @staticmethod
+    def backward(ctx, grad):
+        by_hidden, hidden, *trained = ctx.saved_tensors
+        by_hidden = (grad[:, None] * by_hidden).to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        by_head = head_gradients(ctx.head, grad, hidden, *trained) if trained else (None, None)
+        return by_hidden, None, *by_head, None
+
+
+class RunningSoftmax:
+    """What the pieces of a head so far tell of the log-probabilities of targets [n] after hidden [n, width]."""
+
+    def __init__(self, head, hidden, targets, needs_gradient):
+        self.head, self.hidden, self.targets, self.needs_gradient = head, hidden, targets, needs_gradient
+        self.top = hidden.new_full((len(targets), 1), -math.inf, dtype=torch.float32)
+        self.total, self.of_target, self.mean, self.towards = 0.0, 0.0, 0.0, 0.0
+
+    def add(self, part, weight, bias):
+        head = self.head
+        logits = common.Head.logits(head, self.hidden, weight, bias)
+        at = (self.targets - part.start).clamp(0, len(weight) - 1)[:, None]
+        here = ((self.targets >= part.start) & (self.targets < part.stop))[:, None]
+        self.of_target = self.of_target + here * logits.gather(1, at)
+        slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
+        new_top = torch.maximum(self.top, logits.amax(1, keepdim=True))
+        shrink, e = (self.top - new_top).exp(), logits.sub_(new_top).exp_()
+        self.top, self.total = new_top, self.total * shrink + e.sum(1, keepdim=True)
+        if self.needs_gradient:
+            self.mean = self.mean * shrink + _product(e if slope is None else e * slope, weight)
+            slope = 1 if slope is None else slope.gather(1, at)
+            self.towards = self.towards + here * slope * weight[at[:, 0]].float()
+
+    def log_total(self):
+        """fp32 [n]: logarithm of the sum of all exponentials."""
+        return (self.top + self.total.log()).squeeze(1)
+
+    def log_probs(self):
+        return (self.of_target - self.top - self.total.log()).squeeze(1)
+
+    def gradient(self):
+        """fp32 [n, width]: of each log-probability by its hidden state."""
+        return self.head.scale * (self.towards - self.mean / self.total)
+
+
+def head_gradients(head, grad, hidden, targets, log_total, weight, bias):
+    """Gradients by the head's weight and bias (None without one) of the log-probabilities times grad [n]."""
+    by_weight, by_bias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
+    for part, *rows in head.weight_pieces():
+        vocabulary, some = torch.arange(part.start, part.stop, device=grad.device), [hidden, targets, log_total, grad]
+        weight_sum, bias_sum = 0.0, 0.0
+        for h, t, total, g in zip(*head.pieces(*some, rows=head.piece_rows), strict=True):
+            logits = common.Head.logits(head, h, *rows)
+            slope = 1 if head.softcap is None else 1 - (logits / head.softcap).square()
+            by_logits = ((t[:, None] == vocabulary).float() - logits.sub_(total[:, None]).exp_()) * slope * g[:, None]
+            weight_sum = weight_sum + _product(by_logits.T, h * head.scale)
+            bias_sum = bias_sum + by_logits.sum(0)
+        by_weight[part] = weight_sum
+        if bias is not None:
+            by_bias[part] = bias_sum
+    return by_weight, by_bias
+
+
+def _product(x, y):
+    """fp32 x [a, b] times y [b, c], by the device's fast way with fp32 sums."""
+    if x.is_cuda and y.dtype != torch.float32:
+        return torch.mm(x.to(y.dtype), y, out_dtype=torch.float32)
+    return x @ y.float()
 
 
 def training_loss(model, head, batch):
@@ -320,13 +390,14 @@ class StreamedHead(common.Head):
     Pieces take two buffers by turns; their number is even, and at the end the buffers hold the first two again.
     """
 
-    def __init__(self, model, copies, device, piece=PIECE):
+    def __init__(self, model, copies, device, piece=common.PIECE):
         super().__init__(model)
         vocabulary, width = self.weight.shape
         pieces = 2 * -(-self.weight.nbytes // (2 * piece))
         bounds = [vocabulary * k // pieces for k in range(pieces + 1)]
         self.parts = [slice(*pair) for pair in pairwise(bounds)]
         self.copies, self.buffers = copies, self.weight.new_empty(2, -(-vocabulary // pieces), width, device=device)
+        self.piece_rows = self.buffers.shape[1]
         self.weight.data = common.page_locked(self.weight.data, device)
         self.layer.forward = lambda hidden: torch.cat(
             [F.linear(hidden, *part) for _, *part in self.weight_pieces()], -1
@@ -352,68 +423,7 @@ class StreamedHead(common.Head):
         return torch.cat([super(StreamedHead, self).logits(hidden, *part) for _, *part in self.weight_pieces()], -1)
 
     def log_probs(self, hidden, targets):
-        return _StreamedLogProbs.apply(hidden, targets, self)
-
-
-class _StreamedLogProbs(torch.autograd.Function):
-    """fp32 [n]: log-probability of targets [n] after hidden [n, width], and its gradient by hidden, in one pass.
-
-    The softmax's running maximum and sum, rescaled from piece to piece (Milakov & Gimelshein 2018), carry the gradient
-    with them, so that the weights are needed only once.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, targets, head):
-        needed = ctx.needs_input_grad[0]
-        some = head.pieces(hidden, targets, rows=head.buffers.shape[1])
-        runs = [_RunningSoftmax(head, *pair, needed) for pair in zip(*some, strict=True)]
-        for piece in head.weight_pieces():
-            for run in runs:
-                run.add(*piece)
-        if needed:
-            ctx.save_for_backward(torch.cat([run.gradient() for run in runs]))
-        return torch.cat([run.log_probs() for run in runs])
-
-    @staticmethod
-    def backward(ctx, grad):
-        return (grad[:, None] * ctx.saved_tensors[0]).to(ctx.saved_tensors[0].dtype), None, None
-
-
-class _RunningSoftmax:
-    """What the pieces of a head so far tell of the log-probabilities of targets [n] after hidden [n, width]."""
-
-    def __init__(self, head, hidden, targets, needs_gradient):
-        self.head, self.hidden, self.targets, self.needs_gradient = head, hidden, targets, needs_gradient
-        self.top = hidden.new_full((len(targets), 1), -math.inf, dtype=torch.float32)
-        self.total, self.of_target, self.mean, self.towards = 0.0, 0.0, 0.0, 0.0
-
-    def add(self, part, weight, bias):
-        head = self.head
-        logits = common.Head.logits(head, self.hidden, weight, bias)
-        new_top = torch.maximum(self.top, logits.amax(1, keepdim=True))
-        shrink, e = (self.top - new_top).exp(), (logits - new_top).exp()
-        at = (self.targets - part.start).clamp(0, len(weight) - 1)[:, None]
-        here = ((self.targets >= part.start) & (self.targets < part.stop))[:, None]
-        self.top, self.total = new_top, self.total * shrink + e.sum(1, keepdim=True)
-        self.of_target = self.of_target + here * logits.gather(1, at)
-        if self.needs_gradient:
-            slope = 1 if head.softcap is None else 1 - (logits / head.softcap).square()
-            self.mean = self.mean * shrink + _product(e * slope, weight)
-            slope = slope if head.softcap is None else slope.gather(1, at)
-            self.towards = self.towards + here * slope * weight[at[:, 0]].float()
-
-    def log_probs(self):
-        return (self.of_target - self.top - self.total.log()).squeeze(1)
-
-    def gradient(self):
-        return (self.head.scale * (self.towards - self.mean / self.total)).to(self.hidden.dtype)
-
-
-def _product(x, weight):
-    """fp32 x [n, v] times weight [v, width], by the device's fast way with fp32 sums."""
-    if x.is_cuda and weight.dtype != torch.float32:
-        return torch.mm(x.to(weight.dtype), weight, out_dtype=torch.float32)
-    return x @ weight.float()
+        return LinearLogProbs.apply(hidden, targets, self.weight, self.bias, self)
 
 
 @dataclass
@@ -508,7 +518,7 @@ def choose_plan(model, trained, batches, graphs, budget, memory, device):
     embeddings, output = model.get_input_embeddings(), common.Head(model).layer
     can_stream = (
         type(output) is torch.nn.Linear
-        and output.weight.nbytes > 2 * PIECE
+        and output.weight.nbytes > 2 * common.PIECE
         and not output.weight.requires_grad
         and (embeddings.weight is not output.weight or can_stay_on_host(embeddings))
     )
@@ -732,7 +742,7 @@ def warm_up(step, optimizer, rows, lengths, device):
             labels = torch.full_like(ids, common.IGNORE)
             labels[:, -1] = 0
             batch = common.Batch.of(ids, labels, tokens=ids.numel())
-            # more than 128 targets, as most batches have: for fewer cut-cross-entropy has other kernels
+            # more than 128 targets, as most batches have
             step(common.pad_batch(batch, rows, max(256, -(-rows // 128) * 128)).to(device))
 
 
@@ -784,13 +794,8 @@ def check_techniques(model, head, trained, optimizer, batch, on_host):
         problems.append(f"{wrong[0]} is {trained[wrong[0]].dtype} instead of bf16")
     if wrong := [name for name, p in model.named_parameters() if p.grad is not None]:
         problems.append(f"{wrong[0]} keeps a gradient")
-    if (
-        type(head) is common.Head
-        and loss.is_cuda
-        and head.bias is None
-        and "LinearCrossEntropy" not in _names_in_graph(loss)
-    ):
-        problems.append("cut-cross-entropy is off")
+    if "LinearLogProbs" not in _names_in_graph(loss):
+        problems.append("linear cross entropy is off")
     if on_host and model.get_input_embeddings().weight.is_cuda:
         problems.append("untrained embeddings are on the GPU")
     if problems:
@@ -798,9 +803,9 @@ def check_techniques(model, head, trained, optimizer, batch, on_host):
 
 
 def _names_in_graph(loss):
-    """Names of the autograd nodes of the loss and of the two steps before it."""
+    """Names of the autograd nodes of the loss and of the three steps before it."""
     nodes, names = [loss.grad_fn], []
-    for _ in range(3):
+    for _ in range(4):
         names += [node.name() for node in nodes]
         nodes = [parent for node in nodes for parent, _ in node.next_functions if parent is not None]
     return " ".join(names)

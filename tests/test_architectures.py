@@ -209,6 +209,7 @@ def break_use(model, optimizer):
         (break_release, "outlives its update"),
         (break_use, "updated 0 times"),
         (lambda *_: None, "stochastic rounding is off"),
+        (lambda *_: None, "linear cross entropy is off"),
     ],
 )
 def test_an_inactive_technique_is_refused(broken, message, monkeypatch):
@@ -219,6 +220,14 @@ def test_an_inactive_technique_is_refused(broken, message, monkeypatch):
     broken(model, optimizer)
     if message == "stochastic rounding is off":
         monkeypatch.setattr(common, "stochastic_round", lambda x, generator=None: x.bfloat16())
+    if message == "linear cross entropy is off":
+        monkeypatch.setattr(
+            finetune_lowmem,
+            "target_loss",
+            lambda head, hidden, targets, weights: (
+                F.cross_entropy(head.logits(hidden), targets, reduction="none") @ weights
+            ),
+        )
     with pytest.raises(common.UserError, match=message):
         finetune_lowmem.check_techniques(model, common.Head(model), chosen, optimizer, batch, on_host=False)
 
@@ -258,12 +267,37 @@ def test_a_tied_weight_is_updated_once_and_stays_tied():
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
-def test_loss_pieces_make_no_difference(monkeypatch):
-    model, batch = make_model(), make_batch()
-    head = common.Head(model)
-    whole = finetune_lowmem.training_loss(model, head, batch)
-    monkeypatch.setattr(head, "pieces", lambda *tensors: [tensor.split(5) for tensor in tensors])
-    assert finetune_lowmem.training_loss(model, head, batch).item() == pytest.approx(whole.item(), rel=1e-6)
+def linear_log_probs_truth(head, hidden, targets, upstream):
+    """fp64 (log-probabilities, gradients by hidden, weight and bias of their sum times upstream)."""
+    inputs = [None if x is None else x.detach().double().requires_grad_() for x in (hidden, head.weight, head.bias)]
+    x, weight, bias = inputs
+    logits = head.scale * x @ weight.T + (0 if bias is None else bias)
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    found = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    (found * upstream.double()).sum().backward()
+    return found.detach(), [None if x is None else x.grad for x in inputs]
+
+
+@pytest.mark.parametrize(
+    ("logits", "piece", "pieces"), [(common.LOGITS, common.PIECE, 1), (1000, 4096, 13)], ids=["whole", "in pieces"]
+)
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gemma2", "granite", "cohere", "phi"])
+def test_linear_log_probs_and_their_gradients(architecture, logits, piece, pieces, monkeypatch):
+    """Against fp64, with logits large enough that a soft-capping and a running maximum matter."""
+    monkeypatch.setattr(common, "LOGITS", logits)
+    monkeypatch.setattr(common, "PIECE", piece)
+    head = common.Head(make_model(architecture))
+    hidden, targets, upstream = 8 * torch.randn(40, 32), torch.randint(400, (40,)), torch.randn(40)
+    truth, gradients = linear_log_probs_truth(head, hidden, targets, upstream)
+    x = hidden.clone().requires_grad_()
+    assert len(list(head.weight_pieces())) == pieces
+    loss = finetune_lowmem.target_loss(head, x, targets, -upstream)
+    loss.backward()
+    assert loss.item() == pytest.approx((truth * upstream).sum().item(), rel=1e-5)
+    for leaf, expected in zip((x, head.weight, head.bias), gradients, strict=True):
+        if leaf is not None:
+            assert (leaf.grad - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -433,7 +467,7 @@ def test_fp32_products_are_exact_products_of_bf16_values():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("trained", ["layers", "all"])
 def test_gpu_gradients_against_fp32_truth(architecture, trained):
-    """bf16 on the GPU, cut-cross-entropy included: error to the fp32 truth at most 1.5 times the ordinary bf16 path's."""
+    """bf16 on the GPU: error to the fp32 truth at most 1.5 times the ordinary bf16 path's."""
     batch, model = make_batch(rows=16), make_model(architecture, hidden_size=64, intermediate_size=128).bfloat16()
     common.choose_trained(model, trained)
     truth, naive, ours = copy.deepcopy(model).float(), copy.deepcopy(model).cuda(), copy.deepcopy(model)
@@ -445,6 +479,34 @@ def test_gpu_gradients_against_fp32_truth(architecture, trained):
         if t.grad is not None:
             error, naive_error = ((x.grad.cpu().float() - t.grad).norm() / t.grad.norm() for x in (p, q))
             assert error < 1.5 * naive_error + 5e-3, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("vocabulary", "width"), [(49152, 576), (128256, 2048)])
+def test_gpu_linear_log_probs_at_real_sizes(vocabulary, width):
+    """Gradients within 0.5 % of fp64's (bf16 rounds them by 0.17 %), and twice the same bits.
+
+    Sums in bf16 over so many rows of the head are 2 to 4 % off, which costs two nats of held-out NLL (README).
+    """
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(268, width, device="cuda"), torch.randint(vocabulary, (268,), device="cuda")
+    layer = torch.nn.Linear(width, vocabulary, bias=False, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.weight.normal_(std=2 / width**0.5)
+        hidden += 3 * F.normalize(layer.weight[targets].float())
+    head = common.Head(
+        SimpleNamespace(get_output_embeddings=lambda: layer, base_model=None, config=make_model().config)
+    )
+    hidden, upstream = hidden.bfloat16(), torch.rand(268, device="cuda") / 268
+    _, expected = linear_log_probs_truth(head, hidden, targets, upstream)
+    found = []
+    for _ in range(2):
+        x, layer.weight.grad = hidden.clone().requires_grad_(), None
+        finetune_lowmem.target_loss(head, x, targets, -upstream).backward()
+        found.append((x.grad, layer.weight.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    for gradient, truth in zip(found[0], expected, strict=False):
+        assert (gradient - truth).norm() < 5e-3 * truth.norm()
 
 
 @pytest.mark.gpu
@@ -498,15 +560,16 @@ def gpu_steps(architecture, graphs, compiled=False):
 
 
 @pytest.mark.gpu
-def test_graphs_follow_plain_steps_and_repeat_to_the_bit(small_context):
-    """Phi, whose head has a bias: cut-cross-entropy, which adds in no fixed order, leaves it alone."""
-    losses, weights = gpu_steps("phi", graphs=False)
-    losses_of_graphs, weights_of_graphs = gpu_steps("phi", graphs=True)
+@pytest.mark.parametrize("architecture", ["llama", "phi"])
+def test_graphs_follow_plain_steps_and_repeat_to_the_bit(architecture, small_context):
+    """Phi's head has a bias."""
+    losses, weights = gpu_steps(architecture, graphs=False)
+    losses_of_graphs, weights_of_graphs = gpu_steps(architecture, graphs=True)
     # padding the list of targets changes the shape of the head's products, and so their last bits
     assert losses_of_graphs == pytest.approx(losses, rel=2e-3)
     moved = [(weights[n].float() - p.float()).norm() / p.float().norm() for n, p in weights_of_graphs.items()]
     assert max(moved) < 0.02  # 20 steps of 0.01 move a tensor by some 0.05
-    again = gpu_steps("phi", graphs=True)
+    again = gpu_steps(architecture, graphs=True)
     assert again[0] == losses_of_graphs
     assert all(torch.equal(again[1][name], p) for name, p in weights_of_graphs.items())
 

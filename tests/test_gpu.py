@@ -61,7 +61,7 @@ def run(tmp_path, model_folder, dataset_folder):
 
 
 def test_compiled_and_graphed_runs_follow_the_plain_one(run):
-    """The same start to bf16's accuracy, the same learning; the noise of rounding and cut-cross-entropy lies between."""
+    """The same start to bf16's accuracy, the same learning; the noise of rounding lies between."""
     plain, said = run("plain", "--no_compile", "--epochs", 2)
     assert "CUDA graphs" not in said
     start, end = (plain["eval"][at]["gold_nll"] for at in (0, -1))
@@ -114,14 +114,11 @@ def stop_after(tmp_path, name, count, number):
     return stop
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_killed_and_interrupted_run_goes_on_bit_for_bit(compiled, run, tmp_path):
-    """Phi's head has a bias: cut-cross-entropy, which adds up in no fixed order, does not take it.
-
-    Batches of 22 rows have 132 targets, an epoch's last 96: graphs that are padded to 256 and 128.
-    """
+@pytest.mark.parametrize(("compiled", "architecture"), [(False, "phi"), (True, "llama")])
+def test_a_killed_and_interrupted_run_goes_on_bit_for_bit(compiled, architecture, run, tmp_path):
+    """Batches of 22 rows have 132 targets, an epoch's last 96: graphs that are padded to 256 and 128."""
     flags = ["--epochs", 40, "--save_every", 10, "--batch_size", 22]
-    how = {"compiled": compiled, "architecture": "phi"}
+    how = {"compiled": compiled, "architecture": architecture}
     whole, _ = run("whole", *flags, **how)
     run("parts", *flags, **how, ends=-signal.SIGKILL, meanwhile=stop_after(tmp_path, "parts", 12, signal.SIGKILL))
     killed_after = lines(common.last_checkpoint(tmp_path / "parts") / "metrics.jsonl")[-1]["step"]
@@ -137,7 +134,7 @@ def test_a_killed_and_interrupted_run_goes_on_bit_for_bit(compiled, run, tmp_pat
 
 
 def test_a_streamed_run_goes_on_bit_for_bit(run_wide, tmp_path):
-    """Phi again, for its head's bias."""
+    """Phi, for its head's bias."""
     how = {"architecture": "phi"}
     flags = ["--memory_budget", round(least_budget(run_wide, **how) + 0.04, 2), "--epochs", 2]
     _, said = run_wide("whole", *flags, **how)
