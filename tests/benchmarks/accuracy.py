@@ -30,12 +30,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gpu import METHODS, commit
 
 ROOT, RESULTS = Path(__file__).parents[2], Path(__file__).parent / "results"
-GRID = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3]
+GRID = [1e-5, 3e-5, 5e-5, 1e-4, 3e-4]
 SEEDS = [42, 43, 44]
 YARDSTICK = "FP32 Adam, batch 32"
 MORE_SEEDS = {YARDSTICK: [45, 46], "low-memory": [45, 46]}  # the claim is about their difference
 SMALL_RATE = 1e-5  # where rounding to nearest loses most: a step is 0.3 to 0.5 % of the distance of bf16 neighbours
 AT_SMALL_RATE = ["FP32 Adafactor, batch 8", "low-memory", "low-memory, --nostround"]
+ABLATIONS = {  # name: (script, flags), with the first seed at ABLATION_RATES
+    "low-memory, cut-cross-entropy": ("tests/benchmarks/cut_cross_entropy", []),
+    "low-memory, --schedule linear": ("finetune_lowmem", ["--schedule", "linear"]),
+    "FP32 Adam, batch 32, --schedule linear": ("finetune_base", ["--schedule", "linear"]),
+}
+ABLATION_RATES = GRID[1:]
 SCORES = {"acc": "acc, %", "acc_norm": "acc_norm, %", "gold_nll": "gold NLL, nats"}
 
 
@@ -58,9 +64,8 @@ def best_rate(results, method):
     grid = [results.get((method, rate, SEEDS[0])) for rate in GRID]
     if not all(grid):
         return None
-    losses = [
-        r["eval"][-1]["gold_nll"] if "eval" in r else float("inf") for r in grid
-    ]  # inf: the run ended in an error
+    # infinite for a run that ended in an error
+    losses = [r["eval"][-1]["gold_nll"] if "eval" in r else float("inf") for r in grid]
     return GRID[int(np.argmin(losses))]
 
 
@@ -68,7 +73,7 @@ def missing_cells(results, methods):
     """The cells of the table that `results` lack, in the order in which they should run."""
     wanted = []
     for method in methods:
-        wanted += [(method, rate, SEEDS[0]) for rate in GRID]
+        wanted += [(method, rate, SEEDS[0]) for rate in (ABLATION_RATES if method in ABLATIONS else GRID)]
         if method in AT_SMALL_RATE:
             wanted += [(method, SMALL_RATE, seed) for seed in SEEDS]
         if best := best_rate(results, method):
@@ -87,11 +92,11 @@ class CellRun:
         method, rate, seed = self.cell = cell
         self.card, self.args, self.began = card, args, time.time()
         self.folder = tempfile.TemporaryDirectory()
-        script, flags = METHODS[method]
+        script, flags = (METHODS | ABLATIONS)[method]
         self.command = [f"{script}.py", *flags, "--lr", f"{rate:g}", "--seed", str(seed)]
         where = ["--run-name", "cell", "--output_dir", self.folder.name, "--no_save_model"]
         where += ["--model", args.model, "--dataset", args.dataset]
-        environment = os.environ | {} if card is None else os.environ | {"CUDA_VISIBLE_DEVICES": str(card)}
+        environment = os.environ | ({} if card is None else {"CUDA_VISIBLE_DEVICES": str(card)})
         with open(f"{self.folder.name}/log", "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *self.command, *where], cwd=ROOT, env=environment, stdout=log, stderr=log
@@ -124,9 +129,9 @@ def row_scores(lines):
     return found | {name: "".join(str(int(right)) for right in found[name]) for name in ("acc", "acc_norm")}
 
 
-def run_cells(cells_to_run, args):
+def run_cells(cells_to_run, results, args):
     """Run the cells that `cells_to_run(results)` names, `at_once` on each card, until none is left or time is up."""
-    results, running, began = load(args.results), [], time.time()
+    running, began = [], time.time()
     free = [card for _ in range(args.at_once) for card in (list(range(torch.cuda.device_count())) or [None])]
     while True:
         for run in [run for run in running if run.ended()]:
@@ -210,7 +215,7 @@ def grid_table(results):
     """Lines of Markdown: gold NLL and acc_norm after the last epoch over the grid, first seed."""
     yield f"| gold NLL / acc_norm, seed {SEEDS[0]} | {' | '.join(f'{rate:g}' for rate in GRID)} |"
     yield "|---" * (len(GRID) + 1) + "|"
-    for method in METHODS:
+    for method in METHODS | ABLATIONS:
         runs = [results.get((method, rate, SEEDS[0]), {}).get("eval") for rate in GRID]
         cells = [f"{run[-1]['gold_nll']:.2f} / {run[-1]['acc_norm']:.1f}" if run else "" for run in runs]
         yield f"| {method} | {' | '.join(cells)} |"
@@ -264,7 +269,9 @@ def main():
     parser.add_argument("--model", help="the demo's model folder")
     parser.add_argument("--dataset", help="the demo's data set folder")
     parser.add_argument("--results", type=Path, default=RESULTS / "accuracy.jsonl")
-    parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument(
+        "--only", nargs="+", default=[*METHODS, *ABLATIONS], choices=[*METHODS, *ABLATIONS], metavar="METHOD"
+    )
     parser.add_argument("--lr", type=float, help="with --seed: run this cell of each method, though results hold it")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--at_once", type=int, default=1, help="processes on each card")
@@ -275,8 +282,8 @@ def main():
         "--speed", type=Path, default=RESULTS / "gpu-smollm2.json", help="gpu.py's results, for --report"
     )
     args = parser.parse_args()
+    results = load(args.results)
     if args.report:
-        results = load(args.results)
         speed = {case["case"]: case for case in json.loads(args.speed.read_text())["cases"]}
         for lines in (table(results, speed), grid_table(results), small_rate_table(results)):
             print(*lines, "", sep="\n")
@@ -284,11 +291,10 @@ def main():
     elif not args.model or not args.dataset or (args.lr is None) != (args.seed is None):
         parser.error("--model and --dataset name the demo's folders; --lr and --seed go together")
     elif args.lr is not None:
-        before = load(args.results)
         again = [(method, args.lr, args.seed) for method in args.only]
-        run_cells(lambda results: [c for c in again if results.get(c) is before.get(c)], args)
+        run_cells(lambda done: [cell for cell in again if cell not in done], {}, args)
     else:
-        run_cells(lambda results: missing_cells(results, args.only), args)
+        run_cells(lambda done: missing_cells(done, args.only), results, args)
 
 
 if __name__ == "__main__":
