@@ -7,6 +7,7 @@ A server process imports what the scripts import, and forks for each command. Wh
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -92,6 +93,8 @@ def serve():
     import common  # noqa: F401
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite that nohup or a background job runs ignores both
     gc.freeze()  # a collection would copy all of these modules' pages
     for line in sys.stdin:
         request = json.loads(line)

@@ -99,6 +99,13 @@ def test_the_tables_print_what_the_results_hold():
     assert "| low-memory, 3 seeds | 88.000 ± 0.000 | 80.000 ± 0.000 |" in "\n".join(accuracy.small_rate_table(found))
 
 
+def test_tables_of_results_that_are_not_complete():
+    found = as_results(result("low-memory", 1e-4, 42))
+    assert list(accuracy.table(found, {})) == ["the grids of FP32 Adam, batch 32 and low-memory are not complete yet"]
+    assert "| low-memory |  |  |  | 80.00 / 40.0 |  |" in list(accuracy.grid_table(found))
+    assert len(list(accuracy.small_rate_table(found))) == 2
+
+
 def test_a_cell_runs_the_real_script_and_is_run_again_when_asked_for(model_folder, tmp_path):
     for split, count in (("train", 8), ("validation", 4)):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(make_row(k, k % 4)) + "\n" for k in range(count)))
