@@ -1,8 +1,8 @@
 """What finetune_base.py and finetune_lowmem.py share, because it must be equal in both.
 
 In this order: errors and arguments; the model and its head; HellaSwag as lm-evaluation-harness scores it; batches;
-evaluation; stochastic rounding and the Adafactor update, in PyTorch and as Triton kernels; memory; checkpoints; the
-run; the demo's files.
+evaluation; stochastic rounding and the Adafactor update, in PyTorch and as Triton kernels; learning rates; memory;
+checkpoints; the run; the demo's files.
 """
 
 import argparse
@@ -633,13 +633,15 @@ class Head:
     def bias(self):
         return getattr(self.layer, "bias", None)
 
-    def logits(self, hidden, weight=None, bias=None):
-        """fp32 [n, vocabulary] logits of hidden [n, width]; without autograd nothing is rounded to bf16 on the way.
+    def logits(self, hidden):
+        """fp32 [n, vocabulary] logits of hidden [n, width]."""
+        return self.some_logits(hidden, self.weight, self.bias)
 
-        weight, bias: a part of the head's rows, if not all.
+    def some_logits(self, hidden, weight, bias):
+        """fp32 [n, v] logits of hidden [n, width] for v rows of the head, their weight [v, width] and bias [v] or None.
+
+        Without autograd nothing is rounded to bf16 on the way.
         """
-        if weight is None:
-            weight, bias = self.weight, self.bias
         hidden = hidden * self.scale
         if not hidden.is_cuda or weight.dtype == torch.float32:
             logits = hidden.float() @ weight.float().T
@@ -1757,7 +1759,9 @@ def check_resume(args, run_dir):
         f"--{k} {saved.get(k)} is now {v}" for k, v in vars(args).items() if k not in may_differ and saved.get(k) != v
     ]
     if differing:
-        raise UserError(f"--resume: {run_dir} was started with other settings: {'; '.join(differing)}")
+        longer = falls and any(setting.startswith(("--epochs", "--max_steps")) for setting in differing)
+        why = f" (--schedule {saved['schedule']} ends with the run, whose length must stay)" if longer else ""
+        raise UserError(f"--resume: {run_dir} was started with other settings: {'; '.join(differing)}{why}")
 
 
 def _settings_at_start(run_dir):

@@ -77,18 +77,19 @@ class LinearLogProbs(torch.autograd.Function):
         for piece in head.weight_pieces():
             for softmax in softmaxes:
                 softmax.add(*piece)
-        ctx.head, by_hidden = head, None
+        ctx.head, ctx.dtype, saved = head, hidden.dtype, [None]
         if ctx.needs_input_grad[0]:
-            by_hidden = torch.cat([softmax.gradient() for softmax in softmaxes])
-        trained = (hidden, targets, torch.cat([softmax.log_total() for softmax in softmaxes]), weight, bias)
-        ctx.save_for_backward(by_hidden, *(trained if ctx.needs_input_grad[2] else [hidden]))
+            saved = [torch.cat([softmax.gradient() for softmax in softmaxes])]
+        if ctx.needs_input_grad[2]:
+            saved += [hidden, targets, torch.cat([softmax.log_total() for softmax in softmaxes])]
+        ctx.save_for_backward(*saved)
         return torch.cat([softmax.log_probs() for softmax in softmaxes])
 
     @staticmethod
     def backward(ctx, grad):
-        by_hidden, hidden, *trained = ctx.saved_tensors
-        by_hidden = (grad[:, None] * by_hidden).to(hidden.dtype) if ctx.needs_input_grad[0] else None
-        by_head = head_gradients(ctx.head, grad, hidden, *trained) if trained else (None, None)
+        by_hidden, *of_a_trained_head = ctx.saved_tensors
+        by_hidden = (grad[:, None] * by_hidden).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        by_head = head_gradients(ctx.head, grad, *of_a_trained_head) if of_a_trained_head else (None, None)
         return by_hidden, None, *by_head, None
 
 
@@ -101,12 +102,11 @@ class RunningSoftmax:
         self.total, self.of_target, self.mean, self.towards = 0.0, 0.0, 0.0, 0.0
 
     def add(self, part, weight, bias):
-        head = self.head
-        logits = common.Head.logits(head, self.hidden, weight, bias)
+        logits = self.head.some_logits(self.hidden, weight, bias)
         at = (self.targets - part.start).clamp(0, len(weight) - 1)[:, None]
         here = ((self.targets >= part.start) & (self.targets < part.stop))[:, None]
         self.of_target = self.of_target + here * logits.gather(1, at)
-        slope = None if head.softcap is None else 1 - (logits / head.softcap).square()
+        slope = softcap_slope(self.head, logits)
         new_top = torch.maximum(self.top, logits.amax(1, keepdim=True))
         shrink, e = (self.top - new_top).exp(), logits.sub_(new_top).exp_()
         self.top, self.total = new_top, self.total * shrink + e.sum(1, keepdim=True)
@@ -127,22 +127,32 @@ class RunningSoftmax:
         return self.head.scale * (self.towards - self.mean / self.total)
 
 
-def head_gradients(head, grad, hidden, targets, log_total, weight, bias):
-    """Gradients by the head's weight and bias (None without one) of the log-probabilities times grad [n]."""
-    by_weight, by_bias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
-    for part, *rows in head.weight_pieces():
-        vocabulary, some = torch.arange(part.start, part.stop, device=grad.device), [hidden, targets, log_total, grad]
+def head_gradients(head, grad, hidden, targets, log_total):
+    """Gradients by the head's weight and bias (None without one) of the log-probabilities times grad [n].
+
+    hidden [n, width], targets [n]; log_total: fp32 [n], `RunningSoftmax.log_total`.
+    """
+    by_weight, by_bias = torch.empty_like(head.weight), None if head.bias is None else torch.empty_like(head.bias)
+    positions = head.pieces(hidden, targets, log_total, grad, rows=head.piece_rows)
+    for part, weight, bias in head.weight_pieces():
+        vocabulary = torch.arange(part.start, part.stop, device=grad.device)
         weight_sum, bias_sum = 0.0, 0.0
-        for h, t, total, g in zip(*head.pieces(*some, rows=head.piece_rows), strict=True):
-            logits = common.Head.logits(head, h, *rows)
-            slope = 1 if head.softcap is None else 1 - (logits / head.softcap).square()
-            by_logits = ((t[:, None] == vocabulary).float() - logits.sub_(total[:, None]).exp_()) * slope * g[:, None]
+        for h, t, total, g in zip(*positions, strict=True):
+            logits = head.some_logits(h, weight, bias)
+            slope = softcap_slope(head, logits)
+            by_logits = ((t[:, None] == vocabulary).float() - logits.sub_(total[:, None]).exp_()).mul_(g[:, None])
+            by_logits = by_logits if slope is None else by_logits * slope
             weight_sum = weight_sum + _product(by_logits.T, h * head.scale)
             bias_sum = bias_sum + by_logits.sum(0)
         by_weight[part] = weight_sum
         if bias is not None:
             by_bias[part] = bias_sum
     return by_weight, by_bias
+
+
+def softcap_slope(head, logits):
+    """Slope of the soft-capping where it gives these logits; None for a head without one."""
+    return None if head.softcap is None else 1 - (logits / head.softcap).square()
 
 
 def _product(x, y):
@@ -420,7 +430,7 @@ class StreamedHead(common.Head):
             self._fetch((k + 2) % len(self.parts))
 
     def logits(self, hidden):
-        return torch.cat([super(StreamedHead, self).logits(hidden, *part) for _, *part in self.weight_pieces()], -1)
+        return torch.cat([self.some_logits(hidden, *part) for _, *part in self.weight_pieces()], -1)
 
     def log_probs(self, hidden, targets):
         return LinearLogProbs.apply(hidden, targets, self.weight, self.bias, self)

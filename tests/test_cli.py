@@ -358,7 +358,9 @@ def test_a_resumed_run_goes_on_with_its_schedule(run, script, monkeypatch):
         with pytest.raises(RuntimeError, match="killed"):
             run(script, "parts", *flags)
     for changed in (("--epochs", 3), ("--max_steps", 20)):
-        with pytest.raises(common.UserError, match=f"started with other settings: {changed[0]} .* is now {changed[1]}"):
+        with pytest.raises(
+            common.UserError, match=f"started with other settings: {changed[0]} .* is now {changed[1]} .*cosine ends"
+        ):
             run(script, "parts", *flags, *changed, "--resume")
     summary, parts = run(script, "parts", *flags, "--resume")
     assert summary["steps"] == 30

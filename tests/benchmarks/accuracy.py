@@ -200,9 +200,12 @@ def table(results, speed):
         yield f"| no fine-tuning, {name} weights | | | {' | '.join(f'{before[s]:.2f}' for s in SCORES)} | | |"
     for method, rate in best.items():
         if rate:
-            runs, cost = seeds_of(results, method, rate), speed.get(f"SmolLM2 not compiled: {method}")
+            runs, case = seeds_of(results, method, rate), speed.get(f"SmolLM2 not compiled: {method}")
             scores = [over_seeds([run["eval"][-1][score] for run in runs], 2) for score in SCORES]
-            cost = [f"{max(m['device'] for m in cost['memory_gib'].values()):.2f}", f"{cost['rows_per_second']:.0f}"]
+            cost = ["not measured"] * 2
+            if case:
+                peak = max(phase["device"] for phase in case["memory_gib"].values())
+                cost = [f"{peak:.2f}", f"{case['rows_per_second']:.0f}"]
             yield f"| {method} | {rate:g} | {len(runs)} | {' | '.join([*scores, *cost])} |"
     yield ""
     yield f"| minus {YARDSTICK} | acc, points | acc_norm, points | gold NLL, nats |"
@@ -288,7 +291,10 @@ def main():
     args = parser.parse_args()
     results = load(args.results)
     if args.report:
-        speed = {case["case"]: case for case in json.loads(args.speed.read_text())["cases"]}
+        if not results:
+            parser.error(f"{args.results} holds no results yet")
+        cases = json.loads(args.speed.read_text())["cases"] if args.speed.exists() else []
+        speed = {case["case"]: case for case in cases if "failed" not in case}
         for lines in (table(results, speed), grid_table(results), small_rate_table(results)):
             print(*lines, "", sep="\n")
         plot(results, args.results.with_suffix(".png"))
