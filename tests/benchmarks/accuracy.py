@@ -7,7 +7,8 @@
 The folders are the demo's, in ~/.cache/lowmem_finetuning (run a --demo once). A cell is one whole run of a script, all
 rows, three epochs: a method, a learning rate and a seed, which moves the order of the rows and the rounding. Each method
 runs the same grid of rates with the first seed, then the rate with the lowest gold NLL after the last epoch with the
-other seeds. Results are JSON lines, appended as runs end; what they hold is not run again.
+other seeds. Rates fall linearly to 0 unless the method says otherwise. Results are JSON lines, appended as runs end; what
+they hold is not run again.
 
 The report has means and standard errors over seeds, and differences to FP32 Adam on the same held-out rows, with 95 %
 intervals by bootstrap (Efron 1979). Memory and speed come from gpu.py, which runs each method alone on its card.
@@ -27,19 +28,26 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu import METHODS, commit
+import gpu
 
 ROOT, RESULTS = Path(__file__).parents[2], Path(__file__).parent / "results"
+METHODS = {name: (script, [*flags, "--schedule", "linear"]) for name, (script, flags) in gpu.METHODS.items()} | {
+    "FP32 Adam, batch 32, --schedule constant": ("finetune_base", ["--schedule", "constant"]),
+    "low-memory, --schedule constant": ("finetune_lowmem", ["--schedule", "constant"]),
+}
 GRID = [1e-5, 3e-5, 5e-5, 1e-4, 3e-4]
 SEEDS = [42, 43, 44]
 YARDSTICK = "FP32 Adam, batch 32"
 MORE_SEEDS = {YARDSTICK: [45, 46], "low-memory": [45, 46]}  # the claim is about their difference
 SMALL_RATE = 1e-5  # where rounding to nearest loses most: a step is 0.3 to 0.5 % of the distance of bf16 neighbours
+PAIRS = [  # whose difference is printed beside each method's to the yardstick
+    ("low-memory", "FP32 Adam, batch 32, --schedule constant"),
+    ("low-memory", "FP32 Adafactor, batch 8"),
+    ("low-memory", "low-memory, --nostround"),
+]
 AT_SMALL_RATE = ["FP32 Adafactor, batch 8", "low-memory", "low-memory, --nostround"]
 ABLATIONS = {  # name: (script, flags), with the first seed at ABLATION_RATES
-    "low-memory, cut-cross-entropy": ("tests/benchmarks/cut_cross_entropy", []),
-    "low-memory, --schedule linear": ("finetune_lowmem", ["--schedule", "linear"]),
-    "FP32 Adam, batch 32, --schedule linear": ("finetune_base", ["--schedule", "linear"]),
+    "low-memory, cut-cross-entropy": ("tests/benchmarks/cut_cross_entropy", ["--schedule", "linear"])
 }
 ABLATION_RATES = GRID[1:]
 SCORES = {"acc": "acc, %", "acc_norm": "acc_norm, %", "gold_nll": "gold NLL, nats"}
@@ -85,6 +93,12 @@ def missing_cells(results, methods):
 # Running them
 
 
+def visible_cards():
+    """CUDA_VISIBLE_DEVICES of one card each; [None] without a GPU."""
+    count = torch.cuda.device_count()
+    return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count] or [None]
+
+
 class CellRun:
     """The script at work on a cell, in a process and a temporary folder of its own."""
 
@@ -96,7 +110,7 @@ class CellRun:
         self.command = [f"{script}.py", *flags, "--lr", f"{rate:g}", "--seed", str(seed)]
         where = ["--run-name", "cell", "--output_dir", self.folder.name, "--no_save_model"]
         where += ["--model", args.model, "--dataset", args.dataset]
-        environment = os.environ | ({} if card is None else {"CUDA_VISIBLE_DEVICES": str(card)})
+        environment = os.environ | ({} if card is None else {"CUDA_VISIBLE_DEVICES": card})
         with open(f"{self.folder.name}/log", "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *self.command, *where], cwd=ROOT, env=environment, stdout=log, stderr=log
@@ -132,7 +146,7 @@ def row_scores(lines):
 def run_cells(cells_to_run, results, args):
     """Run the cells that `cells_to_run(results)` names, `at_once` on each card, until none is left or time is up."""
     running, began = [], time.time()
-    free = [card for _ in range(args.at_once) for card in (list(range(torch.cuda.device_count())) or [None])]
+    free = args.at_once * visible_cards()
     while True:
         for run in [run for run in running if run.ended()]:
             results[run.cell] = result = run.result()
@@ -192,7 +206,6 @@ def table(results, speed):
     if not best[YARDSTICK] or not best["low-memory"]:
         yield f"the grids of {YARDSTICK} and low-memory are not complete yet"
         return
-    theirs = seeds_of(results, YARDSTICK, best[YARDSTICK])
     yield f"| method | lr | seeds | {' | '.join(SCORES.values())} | peak, GiB | rows/s |"
     yield "|---|---|---|---|---|---|---|---|"
     for name, method in (("FP32", YARDSTICK), ("bf16", "low-memory")):
@@ -200,7 +213,8 @@ def table(results, speed):
         yield f"| no fine-tuning, {name} weights | | | {' | '.join(f'{before[s]:.2f}' for s in SCORES)} | | |"
     for method, rate in best.items():
         if rate:
-            runs, case = seeds_of(results, method, rate), speed.get(f"SmolLM2 not compiled: {method}")
+            measured = method.removesuffix(", --schedule constant")  # which costs the same
+            runs, case = seeds_of(results, method, rate), speed.get(f"SmolLM2 not compiled: {measured}")
             scores = [over_seeds([run["eval"][-1][score] for run in runs], 2) for score in SCORES]
             cost = ["not measured"] * 2
             if case:
@@ -208,13 +222,14 @@ def table(results, speed):
                 cost = [f"{peak:.2f}", f"{case['rows_per_second']:.0f}"]
             yield f"| {method} | {rate:g} | {len(runs)} | {' | '.join([*scores, *cost])} |"
     yield ""
-    yield f"| minus {YARDSTICK} | acc, points | acc_norm, points | gold NLL, nats |"
-    yield "|---|---|---|---|"
-    for method, rate in best.items():
-        if rate and method != YARDSTICK:
-            runs = seeds_of(results, method, rate)
-            cells = [difference(by_row(runs, score), by_row(theirs, score)) for score in SCORES]
-            yield f"| {method} | {' | '.join(f'{d:+.2f} ({low:+.2f} to {high:+.2f})' for d, low, high in cells)} |"
+    yield "| | minus | acc, points | acc_norm, points | gold NLL, nats |"
+    yield "|---|---|---|---|---|"
+    for pair in [*((method, YARDSTICK) for method in best if method != YARDSTICK), *PAIRS]:
+        if all(map(best.get, pair)):
+            ours, theirs = (seeds_of(results, method, best[method]) for method in pair)
+            cells = [difference(by_row(ours, score), by_row(theirs, score)) for score in SCORES]
+            cells = [f"{d:+.2f} ({low:+.2f} to {high:+.2f})" for d, low, high in cells]
+            yield f"| {' | '.join([*pair, *cells])} |"
 
 
 def grid_table(results):
@@ -283,7 +298,7 @@ def main():
     parser.add_argument("--seed", type=int)
     parser.add_argument("--at_once", type=int, default=1, help="processes on each card")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so many")
-    parser.add_argument("--commit", default=commit(), help="recorded in the results; asked of git if left out")
+    parser.add_argument("--commit", default=gpu.commit(), help="recorded in the results; asked of git if left out")
     parser.add_argument("--report", action="store_true", help="print the tables and draw accuracy.png, run nothing")
     parser.add_argument(
         "--speed", type=Path, default=RESULTS / "gpu-smollm2.json", help="gpu.py's results, for --report"
