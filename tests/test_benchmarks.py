@@ -12,12 +12,13 @@ from conftest import make_row
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import accuracy
+import variant
 
 import common
 
 
-def result(method, lr, seed, gold_nll=80.0, rows=None):
-    scores = {"acc": 30.0, "acc_norm": 40.0, "gold_nll": gold_nll}
+def result(method, lr, seed, gold_nll=80.0, acc_norm=40.0, rows=None):
+    scores = {"acc": 30.0, "acc_norm": acc_norm, "gold_nll": gold_nll}
     before = scores | {"epoch": 0, "step": 0, "gold_nll": 88.0}
     return {"method": method, "lr": lr, "seed": seed, "eval": [before, scores | {"epoch": 1, "step": 9}], "rows": rows}
 
@@ -26,16 +27,18 @@ def as_results(*found):
     return {accuracy.cell_of(r): r for r in found}
 
 
-def test_the_best_rate_of_the_grid_is_run_with_the_other_seeds():
-    method, grid = "FP32 Adam, batch 8", [(lr, abs(lr - 5e-5)) for lr in accuracy.GRID]
+def test_the_best_rates_of_the_grid_are_run_with_the_other_seeds():
+    method, grid = "FP32 Adam, batch 8", [(lr, abs(lr - 5e-5), 1e5 * lr) for lr in accuracy.GRID]
     assert accuracy.missing_cells({}, [method]) == [(method, lr, 42) for lr in accuracy.GRID]
-    found = as_results(*(result(method, lr, 42, loss) for lr, loss in grid[:-1]))
-    assert accuracy.best_rate(found, method) is None
+    found = as_results(*(result(method, lr, 42, loss, acc_norm) for lr, loss, acc_norm in grid[:-1]))
+    assert accuracy.best_rate(found, method, "gold_nll") is None
     assert accuracy.missing_cells(found, [method]) == [(method, accuracy.GRID[-1], 42)]
     failed = {"method": method, "lr": accuracy.GRID[-1], "seed": 42, "failed": "error: the run has diverged"}
     found |= as_results(failed)
-    assert accuracy.best_rate(found, method) == 5e-5
-    assert accuracy.missing_cells(found, [method]) == [(method, 5e-5, 43), (method, 5e-5, 44)]
+    assert accuracy.best_rate(found, method, "gold_nll") == 5e-5
+    assert accuracy.best_rate(found, method, "acc_norm") == 2e-4
+    wanted = [(method, lr, seed) for lr in (5e-5, 2e-4) for seed in (43, 44)]
+    assert accuracy.missing_cells(found, [method]) == wanted
 
 
 def test_every_cell_is_wanted_once():
@@ -43,11 +46,10 @@ def test_every_cell_is_wanted_once():
     for _ in range(2):  # the grids, then the seeds
         cells = accuracy.missing_cells(found, [*accuracy.METHODS, *accuracy.ABLATIONS])
         assert len(cells) == len(set(cells)) > 0
-        found |= as_results(*(result(*cell, gold_nll=abs(cell[1] - 1e-4)) for cell in cells))
+        found |= as_results(*(result(*cell, gold_nll=abs(cell[1] - 1e-4), acc_norm=1e5 * cell[1]) for cell in cells))
     assert not accuracy.missing_cells(found, [*accuracy.METHODS, *accuracy.ABLATIONS])
-    seeds = {
-        method: len(accuracy.seeds_of(found, method, accuracy.best_rate(found, method))) for method in accuracy.METHODS
-    }
+    best = {method: accuracy.best_rate(found, method, "gold_nll") for method in accuracy.METHODS}
+    seeds = {method: len(accuracy.seeds_of(found, method, rate)) for method, rate in best.items()}
     assert seeds == {method: 5 if method in ("low-memory", accuracy.YARDSTICK) else 3 for method in seeds}
     for method in accuracy.AT_SMALL_RATE:
         assert len(accuracy.seeds_of(found, method, accuracy.SMALL_RATE)) == 3
@@ -92,7 +94,7 @@ def test_the_tables_print_what_the_results_hold():
     cells = accuracy.missing_cells({}, list(accuracy.METHODS))
     found = as_results(*(result(*cell, gold_nll=80 + cell[1], rows=rows) for cell in cells))
     speed = {"memory_gib": {"train": {"device": 1.5}, "eval": {"device": 1.25}}, "rows_per_second": 321.0}
-    text = "\n".join(accuracy.table(found, {f"SmolLM2 not compiled: {m}": speed for m in accuracy.METHODS}))
+    text = "\n".join(accuracy.table(found, {f"SmolLM2 not compiled: {m}": speed for m in accuracy.METHODS}, "gold_nll"))
     assert "| low-memory | 1e-05 | 3 | 30.00 ± 0.00 | 40.00 ± 0.00 | 80.00 ± 0.00 | 1.50 | 321 |" in text
     none = "+0.00 (+0.00 to +0.00)"
     assert f"| low-memory | FP32 Adam, batch 32 | {none} | {none} | {none} |" in text
@@ -103,26 +105,55 @@ def test_the_tables_print_what_the_results_hold():
 
 def test_tables_of_results_that_are_not_complete():
     found = as_results(result("low-memory", 1e-4, 42))
-    assert list(accuracy.table(found, {})) == ["the grids of FP32 Adam, batch 32 and low-memory are not complete yet"]
-    assert "| low-memory |  |  |  | 80.00 / 40.0 |  |" in list(accuracy.grid_table(found))
+    assert list(accuracy.table(found, {}, "acc_norm")) == [
+        "the grids of FP32 Adam, batch 32 and low-memory are not complete yet"
+    ]
+    assert "| low-memory |  |  |  | 80.00 / 40.0 |  |  |" in list(accuracy.grid_table(found))
     assert len(list(accuracy.small_rate_table(found))) == 2
 
 
-def test_a_cell_runs_the_real_script_and_is_run_again_when_asked_for(model_folder, tmp_path):
+@pytest.fixture
+def run_cells(model_folder, tmp_path):
+    """run_cells(*methods) -> all results so far; each method at a rate of 0.03 with seed 7, on a CPU."""
     for split, count in (("train", 8), ("validation", 4)):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(make_row(k, k % 4)) + "\n" for k in range(count)))
     out = tmp_path / "results.jsonl"
     command = [sys.executable, accuracy.__file__, "--model", model_folder(), "--dataset", tmp_path, "--results", out]
-    command += ["--only", "low-memory, --schedule constant", "--lr", "1e-3", "--seed", "7", "--commit", "abc"]
-    for times in (1, 2):
-        done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-        )
+    command += ["--lr", "0.03", "--seed", "7", "--commit", "abc", "--at_once", 2, "--only"]
+
+    def go(*methods):
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run([*map(str, command), *methods], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
-        lines = [json.loads(line) for line in out.read_text().splitlines()]
-        assert len(lines) == times
-    assert lines[0]["command"] == "finetune_lowmem.py --schedule constant --lr 0.001 --seed 7"
-    assert (lines[0]["commit"], lines[0]["steps"]) == ("abc", 3)
-    assert [e["epoch"] for e in lines[0]["eval"]] == [0, 1, 2, 3]
-    assert lines[0]["rows"] == lines[1]["rows"]
-    assert np.mean(lines[0]["rows"]["gold_nll"]) == pytest.approx(lines[0]["eval"][-1]["gold_nll"], abs=0.01)
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    return go
+
+
+def test_a_cell_runs_the_real_script_and_is_run_again_when_asked_for(run_cells):
+    method = "low-memory, --schedule constant"
+    assert len(run_cells(method)) == 1
+    first, second = run_cells(method)
+    assert first["command"] == "finetune_lowmem.py --schedule constant --lr 0.03 --seed 7"
+    assert (first["commit"], first["steps"]) == ("abc", 3)
+    assert [e["epoch"] for e in first["eval"]] == [0, 1, 2, 3]
+    assert first["rows"] == second["rows"]
+    assert np.mean(first["rows"]["gold_nll"]) == pytest.approx(first["eval"][-1]["gold_nll"], abs=0.01)
+
+
+def test_ablations_run_the_script_with_their_change(run_cells):
+    """On a CPU the baseline's logits are fp32 in any case."""
+    base, low = "FP32 Adafactor, batch 8", "low-memory"
+    found = {r["method"]: r for r in run_cells(base, f"{base}, fp32-logits", low, f"{low}, beta2")}
+    losses = {method: r["eval"][-1]["gold_nll"] for method, r in found.items()}
+    assert losses[f"{base}, fp32-logits"] == pytest.approx(losses[base], abs=1e-3)
+    assert losses[f"{low}, beta2"] != losses[low]
+
+
+@pytest.mark.parametrize("name", variant.VARIANTS)
+def test_what_an_ablation_changes_is_there_to_be_changed(name, tmp_path):
+    script = variant.make(name, tmp_path)
+    changed = [f.name for f in tmp_path.glob("*.py") if f.read_text() != (variant.ROOT / f.name).read_text()]
+    assert set(changed) == {file for file, *_ in variant.VARIANTS[name][1]}
+    for file in [*changed, f"{script}.py"]:
+        compile((tmp_path / file).read_text(), file, "exec")

@@ -6,9 +6,10 @@
 
 The folders are the demo's, in ~/.cache/lowmem_finetuning (run a --demo once). A cell is one whole run of a script, all
 rows, three epochs: a method, a learning rate and a seed, which moves the order of the rows and the rounding. Each method
-runs the same grid of rates with the first seed, then the rate with the lowest gold NLL after the last epoch with the
-other seeds. Rates fall linearly to 0 unless the method says otherwise. Results are JSON lines, appended as runs end; what
-they hold is not run again.
+runs the same grid of rates with the first seed. Which is best depends on the score: gold NLL rises again at rates at which
+accuracy still does, too. So two rates of each method are run with the other seeds, that of the lowest gold NLL and that of
+the highest acc_norm after the last epoch. Rates fall linearly to 0 unless the method says otherwise. Results are JSON
+lines, appended as runs end; what they hold is not run again.
 
 The report has means and standard errors over seeds, and differences to FP32 Adam on the same held-out rows, with 95 %
 intervals by bootstrap (Efron 1979). Memory and speed come from gpu.py, which runs each method alone on its card.
@@ -35,7 +36,7 @@ METHODS = {name: (script, [*flags, "--schedule", "linear"]) for name, (script, f
     "FP32 Adam, batch 32, --schedule constant": ("finetune_base", ["--schedule", "constant"]),
     "low-memory, --schedule constant": ("finetune_lowmem", ["--schedule", "constant"]),
 }
-GRID = [1e-5, 3e-5, 5e-5, 1e-4, 3e-4]
+GRID = [1e-5, 3e-5, 5e-5, 1e-4, 2e-4, 3e-4]
 SEEDS = [42, 43, 44]
 YARDSTICK = "FP32 Adam, batch 32"
 MORE_SEEDS = {YARDSTICK: [45, 46], "low-memory": [45, 46]}  # the claim is about their difference
@@ -46,11 +47,17 @@ PAIRS = [  # whose difference is printed beside each method's to the yardstick
     ("low-memory", "low-memory, --nostround"),
 ]
 AT_SMALL_RATE = ["FP32 Adafactor, batch 8", "low-memory", "low-memory, --nostround"]
-ABLATIONS = {  # name: (script, flags), with the first seed at ABLATION_RATES
-    "low-memory, cut-cross-entropy": ("tests/benchmarks/cut_cross_entropy", ["--schedule", "linear"])
+ABLATIONS = {  # name: (script, flags, rates), with the first seed
+    f"{method}, {variant}": ("tests/benchmarks/variant", [variant, *METHODS[method][1]], rates)
+    for method, variant, rates in [
+        ("FP32 Adafactor, batch 8", "fp32-logits", [1e-5, 1e-4]),
+        ("low-memory", "cut-cross-entropy", [1e-4, 3e-4]),
+        ("low-memory", "clipping", [1e-4, 2e-4, 3e-4]),
+        ("low-memory", "beta2", [1e-4, 2e-4, 3e-4]),
+    ]
 }
-ABLATION_RATES = GRID[1:]
 SCORES = {"acc": "acc, %", "acc_norm": "acc_norm, %", "gold_nll": "gold NLL, nats"}
+BEST = {"gold_nll": (np.argmin, "lowest gold NLL"), "acc_norm": (np.argmax, "highest acc_norm")}  # of the grid
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,25 +74,28 @@ def load(path):
     return {cell_of(result): result for result in map(json.loads, lines)}
 
 
-def best_rate(results, method):
-    """The rate with the lowest gold NLL after the last epoch; None before the method's whole grid has run."""
+def best_rate(results, method, score):
+    """The rate that is best by the score after the last epoch; None before the method's whole grid has run."""
     grid = [results.get((method, rate, SEEDS[0])) for rate in GRID]
     if not all(grid):
         return None
-    # infinite for a run that ended in an error
-    losses = [r["eval"][-1]["gold_nll"] if "eval" in r else float("inf") for r in grid]
-    return GRID[int(np.argmin(losses))]
+    worst = {"gold_nll": np.inf, "acc_norm": -np.inf}[score]  # for a run that ended in an error
+    return GRID[int(BEST[score][0]([r["eval"][-1][score] if "eval" in r else worst for r in grid]))]
 
 
 def missing_cells(results, methods):
     """The cells of the table that `results` lack, in the order in which they should run."""
     wanted = []
     for method in methods:
-        wanted += [(method, rate, SEEDS[0]) for rate in (ABLATION_RATES if method in ABLATIONS else GRID)]
+        if method in ABLATIONS:
+            wanted += [(method, rate, SEEDS[0]) for rate in ABLATIONS[method][2]]
+            continue
+        wanted += [(method, rate, SEEDS[0]) for rate in GRID]
         if method in AT_SMALL_RATE:
             wanted += [(method, SMALL_RATE, seed) for seed in SEEDS]
-        if best := best_rate(results, method):
-            wanted += [(method, best, seed) for seed in [*SEEDS, *MORE_SEEDS.get(method, [])]]
+        for score in BEST:
+            if best := best_rate(results, method, score):
+                wanted += [(method, best, seed) for seed in [*SEEDS, *MORE_SEEDS.get(method, [])]]
     return [cell for cell in dict.fromkeys(wanted) if cell not in results]
 
 
@@ -106,7 +116,7 @@ class CellRun:
         method, rate, seed = self.cell = cell
         self.card, self.args, self.began = card, args, time.time()
         self.folder = tempfile.TemporaryDirectory()
-        script, flags = (METHODS | ABLATIONS)[method]
+        script, flags = (METHODS | ABLATIONS)[method][:2]
         self.command = [f"{script}.py", *flags, "--lr", f"{rate:g}", "--seed", str(seed)]
         where = ["--run-name", "cell", "--output_dir", self.folder.name, "--no_save_model"]
         where += ["--model", args.model, "--dataset", args.dataset]
@@ -200,15 +210,15 @@ def over_seeds(values, digits):
     return f"{mean(values):.{digits}f}{error}"
 
 
-def table(results, speed):
-    """Lines of Markdown: each method at its best rate."""
-    best = {method: best_rate(results, method) for method in METHODS}
+def table(results, speed, score):
+    """Lines of Markdown: each method at its rate that is best by the score."""
+    best = {method: best_rate(results, method, score) for method in METHODS}
     if not best[YARDSTICK] or not best["low-memory"]:
         yield f"the grids of {YARDSTICK} and low-memory are not complete yet"
         return
-    yield f"| method | lr | seeds | {' | '.join(SCORES.values())} | peak, GiB | rows/s |"
+    yield f"| each at its rate of the {BEST[score][1]} | lr | seeds | {' | '.join(SCORES.values())} | peak, GiB | rows/s |"
     yield "|---|---|---|---|---|---|---|---|"
-    for name, method in (("FP32", YARDSTICK), ("bf16", "low-memory")):
+    for name, method in (("FP32", YARDSTICK), ("bf16", "low-memory")):  # the same for each rate
         before = seeds_of(results, method, best[method])[0]["eval"][0]
         yield f"| no fine-tuning, {name} weights | | | {' | '.join(f'{before[s]:.2f}' for s in SCORES)} | | |"
     for method, rate in best.items():
@@ -234,7 +244,7 @@ def table(results, speed):
 
 def grid_table(results):
     """Lines of Markdown: gold NLL and acc_norm after the last epoch over the grid, first seed."""
-    yield f"| gold NLL / acc_norm, seed {SEEDS[0]} | {' | '.join(f'{rate:g}' for rate in GRID)} |"
+    yield f"| gold NLL / acc_norm after the last epoch, seed {SEEDS[0]} | {' | '.join(f'{rate:g}' for rate in GRID)} |"
     yield "|---" * (len(GRID) + 1) + "|"
     for method in METHODS | ABLATIONS:
         runs = [results.get((method, rate, SEEDS[0]), {}).get("eval") for rate in GRID]
@@ -254,35 +264,42 @@ def small_rate_table(results):
 
 
 def plot(results, out):
-    """Scores after each epoch at each method's best rate, and gold NLL at the small rate; bands: standard errors."""
+    """Scores after each epoch and over the rates; bands: standard errors over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7.5), layout="constrained")
-    panels = [(score, {m: best_rate(results, m) for m in METHODS}) for score in ("gold_nll", "acc", "acc_norm")]
-    panels.append(("gold_nll", dict.fromkeys(AT_SMALL_RATE, SMALL_RATE)))
-    for (score, rates), ax in zip(panels, axes.flat, strict=True):
-        for color, method in enumerate(METHODS):
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
+    by_epoch = [
+        (axes[0, 0], "gold_nll", {m: best_rate(results, m, "gold_nll") for m in METHODS}, "each at its rate of the lowest"),
+        (axes[0, 1], "acc_norm", {m: best_rate(results, m, "acc_norm") for m in METHODS}, "each at its rate of the highest"),
+        (axes[1, 1], "gold_nll", dict.fromkeys(AT_SMALL_RATE, SMALL_RATE), f"all at --lr {SMALL_RATE:g}"),
+    ]  # fmt: skip
+    looks = {m: {"ls": "--" if "FP32" in m else "-", "color": f"C{k}", "marker": "."} for k, m in enumerate(METHODS)}
+    for ax, score, rates, title in by_epoch:
+        for method in METHODS:
             if runs := seeds_of(results, method, rates.get(method)):
                 scores = np.array([[e[score] for e in run["eval"]] for run in runs])
-                error = scores.std(0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else 0
-                line = "--" if "FP32" in method else "-"
-                label = f"{method}, --lr {rates[method]:g}"
-                ax.plot(scores.mean(0), line, marker=".", color=f"C{color}", label=label)
-                ax.fill_between(
-                    range(scores.shape[1]), scores.mean(0) - error, scores.mean(0) + error, alpha=0.2, color=f"C{color}"
-                )
-        small = set(rates.values()) == {SMALL_RATE}
-        ax.set_title(f"all at --lr {SMALL_RATE:g}" if small else "each at the best rate of its grid", fontsize=9)
-        ax.tick_params(labelsize=8)
-        ax.set_xlabel("epochs of the demo's 8,021 training rows", fontsize=8)
-        ax.set_ylabel(f"held-out {SCORES[score]}", fontsize=8)
+                error, mean = scores.std(0) / max(1, len(runs) - 1) ** 0.5, scores.mean(0)
+                ax.plot(mean, label=f"{method}, --lr {rates[method]:g}", **looks[method])
+                ax.fill_between(range(len(mean)), mean - error, mean + error, alpha=0.2, color=looks[method]["color"])
+        ax.set(title=title, xlabel="epochs of the demo's 8,021 training rows", ylabel=f"held-out {SCORES[score]}")
         ax.set_xticks(range(4))
+    for method in METHODS:
+        runs = [r["eval"][-1] for rate in GRID for r in seeds_of(results, method, rate) if r["seed"] == SEEDS[0]]
+        if runs and all(
+            run["gold_nll"] < 88 for run in runs
+        ):  # those whose NLL rises above its start would hide the rest
+            axes[1, 0].plot(
+                *([run[s] for run in runs] for s in ("gold_nll", "acc_norm")), label=method, **looks[method]
+            )
+    axes[1, 0].set(title=f"after three epochs, a dot a rate, seed {SEEDS[0]}", xlabel="held-out gold NLL, nats")
+    axes[1, 0].set_ylabel("held-out acc_norm, %")
+    for ax in axes.flat:
         ax.grid(alpha=0.3)
-        if score == "gold_nll":
-            ax.legend(fontsize=7)
+        ax.legend(fontsize=6)
+        ax.title.set_fontsize(10)
     figure.savefig(out, dpi=130)
 
 
@@ -310,7 +327,11 @@ def main():
             parser.error(f"{args.results} holds no results yet")
         cases = json.loads(args.speed.read_text())["cases"] if args.speed.exists() else []
         speed = {case["case"]: case for case in cases if "failed" not in case}
-        for lines in (table(results, speed), grid_table(results), small_rate_table(results)):
+        for lines in (
+            *(table(results, speed, score) for score in BEST),
+            grid_table(results),
+            small_rate_table(results),
+        ):
             print(*lines, "", sep="\n")
         plot(results, args.results.with_suffix(".png"))
     elif not args.model or not args.dataset or (args.lr is None) != (args.seed is None):

@@ -1,7 +1,6 @@
 """finetune_lowmem.py's linear cross entropy against cut-cross-entropy 25.1.1 (pip install cut-cross-entropy==25.1.1).
 
-    python tests/benchmarks/cut_cross_entropy.py                    # error, time and memory of both, on a GPU
-    python tests/benchmarks/cut_cross_entropy.py --run-name X ...   # finetune_lowmem.py with cut-cross-entropy instead
+    python tests/benchmarks/cross_entropy.py    # error, time and memory of both, on a GPU
 
 Of cut-cross-entropy every position's gradient is used (filter_eps=None). It adds up that of the hidden states in their
 own type, bf16, one block of the vocabulary after the other, in the order in which the blocks come.
@@ -67,9 +66,4 @@ def compare():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        compare()
-    else:
-        finetune_lowmem.target_loss = cut_cross_entropy_loss
-        finetune_lowmem._names_in_graph = lambda loss: "LinearLogProbs"  # its start-up check looks for its own
-        common.run_command(finetune_lowmem.main)
+    compare()

@@ -1,0 +1,77 @@
+"""A whole run of a script with one thing changed: the ablations of accuracy.py.
+
+    python tests/benchmarks/variant.py NAME --run-name X ...
+
+The scripts are copied to a temporary folder, and the change is made in their text.
+"""
+
+import runpy
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+VARIANTS = {  # name: (script, [(file, text, text instead)])
+    "cut-cross-entropy": (  # cut-cross-entropy 25.1.1, every position's gradient used
+        "finetune_lowmem",
+        [
+            (
+                "finetune_lowmem.py",
+                "return -(LinearLogProbs.apply(hidden, targets, head.weight, head.bias, head) * weights).sum()",
+                "from cross_entropy import cut_cross_entropy_loss\n"
+                "    return cut_cross_entropy_loss(head, hidden, targets, weights)",
+            ),
+            ("finetune_lowmem.py", 'if "LinearLogProbs" not in', 'if "LinearCrossEntropy" not in'),
+        ],
+    ),
+    "clipping": (  # Shazeer & Stern's (2018, algorithm 4): an update of an RMS below 1 stays as small as it is
+        "finetune_lowmem",
+        [
+            ("common.py", "norm / tl.sqrt(u_square)", "norm / tl.maximum(tl.sqrt(u_square), 1000 * least_norm)"),
+            ("common.py", "norm / u_square.sqrt()", "norm / u_square.sqrt().clamp(min=math.sqrt(rows * cols))"),
+        ],
+    ),
+    "beta2": ("finetune_lowmem", [("common.py", "beta2=0.99,", "beta2=0.999,")]),
+    "fp32-logits": (  # the baseline's loss from fp32 logits, the low-memory script's, instead of autocast's in bf16
+        "finetune_base",
+        [
+            (
+                "finetune_base.py",
+                """    with precision():
+        logits = model(input_ids=batch.ids, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=common.IGNORE)
+""",
+                """    import finetune_lowmem
+    hidden = common.hidden_states(model, batch, precision)
+    return finetune_lowmem.target_loss(common.Head(model), hidden, batch.targets, batch.weights)
+""",
+            )
+        ],
+    ),
+}
+
+
+def make(name, folder):
+    """Copy the scripts to the folder and change them there; return the one to run."""
+    script, changes = VARIANTS[name]
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    for file, old, new in changes:
+        text = (Path(folder) / file).read_text()
+        if old not in text:
+            sys.exit(f"{file} no longer holds what {name} changes: {old}")
+        (Path(folder) / file).write_text(text.replace(old, new))
+    return script
+
+
+def main(name, *argv):
+    with tempfile.TemporaryDirectory() as folder:
+        script = make(name, folder)
+        sys.path[:0] = [folder, str(Path(__file__).parent)]
+        sys.argv = [f"{script}.py", *argv]
+        runpy.run_path(f"{folder}/{script}.py", run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
