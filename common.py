@@ -315,9 +315,9 @@ def argument_parser(script, description, batch_size, lr, demo_lr, log_every):
     add(
         "--schedule",
         choices=list(SCHEDULES),
-        default="constant",
+        default="linear",
         help="learning rate after the warm-up: constant, or falling to 0 at the run's last step, in a straight line or "
-        "half a cosine wave",
+        "half a cosine wave; only a run with constant may go on to another length",
     )
     add(
         "--warmup_steps",
@@ -1760,7 +1760,7 @@ def check_resume(args, run_dir):
     ]
     if differing:
         longer = falls and any(setting.startswith(("--epochs", "--max_steps")) for setting in differing)
-        why = f" (--schedule {saved['schedule']} ends with the run, whose length must stay)" if longer else ""
+        why = f" (--schedule {saved['schedule']} ends with the run: its length must stay)" if longer else ""
         raise UserError(f"--resume: {run_dir} was started with other settings: {'; '.join(differing)}{why}")
 
 

@@ -25,12 +25,25 @@ both_scripts = pytest.mark.parametrize("script", SCRIPTS)
 
 @pytest.fixture
 def run(tmp_path, model_folder, dataset_folder, monkeypatch):
-    """run(script, run_name, *flags) -> (summary, run folder), in this process; model and data are tiny."""
+    """run(script, run_name, *flags) -> (summary, run folder), in this process; model and data are tiny.
+
+    At a constant rate, so that a run may go on to another length.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def go(script, name, *flags, model=None):
         argv = ["--run-name", name, "--output_dir", str(tmp_path), "--model", str(model or model_folder())]
-        argv += ["--dataset", str(dataset_folder), "--log_every", "2", "--lr", "1e-2", *map(str, flags)]
+        argv += [
+            "--dataset",
+            str(dataset_folder),
+            "--log_every",
+            "2",
+            "--lr",
+            "1e-2",
+            "--schedule",
+            "constant",
+            *map(str, flags),
+        ]
         return SCRIPTS[script].main(argv), tmp_path / name
 
     return go
@@ -147,6 +160,7 @@ def test_every_flag_is_in_help_with_its_default(script):
     batch_size, lr, log_every = {"finetune_base": (32, "3e-06", 100), "finetune_lowmem": (8, "0.0001", 400)}[script]
     assert f"rows per step (default: {batch_size})" in text
     assert f"learning rate (default: {lr})" in text
+    assert "may go on to another length (default: linear)" in text
     assert f"steps between log lines (default: {log_every})" in text
     assert text.count("(default: ") >= 17
 
@@ -397,7 +411,7 @@ OTHER_SETTINGS = [
     for script in SCRIPTS
     for setting in [
         ("--model", "elsewhere"), ("--dataset", "elsewhere"), ("--train_rows", 50), ("--eval_rows", 9), ("--train_text", "raw"),
-        ("--trained", "all"), ("--batch_size", 5), ("--lr", "0.5"), ("--seed", 7), ("--schedule", "linear"), ("--warmup_steps", 3),
+        ("--trained", "all"), ("--batch_size", 5), ("--lr", "0.5"), ("--seed", 7), ("--schedule", "cosine"), ("--warmup_steps", 3),
     ]
 ] + [("finetune_lowmem", "--nostround"), ("finetune_base", "--optimizer", "SGD")]  # fmt: skip
 

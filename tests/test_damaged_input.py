@@ -206,12 +206,25 @@ CHECKPOINT = {
 }  # fmt: skip
 
 
+CONSTANT = ["--schedule", "constant"]  # the rate: then a run may go on to another length
+
+
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory, commands, model_folder, dataset_folder):
     """{"model", "data"}: sound folders; {script: run folder} with a checkpoint at step 4."""
     folder, made = tmp_path_factory.mktemp("sound"), {"model": model_folder(), "data": dataset_folder}
     for script in SCRIPTS:
-        flags = ["--model", made["model"], "--dataset", made["data"], "--output_dir", folder, "--max_steps", 4]
+        flags = [
+            "--model",
+            made["model"],
+            "--dataset",
+            made["data"],
+            "--output_dir",
+            folder,
+            *CONSTANT,
+            "--max_steps",
+            4,
+        ]
         assert commands.run(script, "--run-name", script, *flags)[0] == 0
         made[script] = folder / script
     return made
@@ -261,7 +274,7 @@ def test_damaged_input_is_refused(script, kind, name, sound, commands, tmp_path)
 def test_damaged_checkpoints_are_refused(script, name, sound, commands, tmp_path):
     damage, message = CHECKPOINT[name]
     shutil.copytree(sound[script], tmp_path / script)
-    flags = ["--model", sound["model"], "--dataset", sound["data"], "--output_dir", tmp_path, "--resume"]
+    flags = ["--model", sound["model"], "--dataset", sound["data"], "--output_dir", tmp_path, *CONSTANT, "--resume"]
     damage(tmp_path / script)
     before = contents(tmp_path)
     assert message in refused(commands, script, "--run-name", script, *flags)
@@ -284,7 +297,15 @@ def test_other_content_behind_the_same_name_is_refused(script, name, sound, comm
     kind, change, flag = SAME_NAME[name]
     for part in ("model", "data"):
         shutil.copytree(sound[part], tmp_path / part)
-    flags = ["--model", tmp_path / "model", "--dataset", tmp_path / "data", "--output_dir", tmp_path / "runs"]
+    flags = [
+        "--model",
+        tmp_path / "model",
+        "--dataset",
+        tmp_path / "data",
+        "--output_dir",
+        tmp_path / "runs",
+        *CONSTANT,
+    ]
     assert commands.run(script, "--run-name", "x", *flags, "--max_steps", 2)[0] == 0
     assert commands.run(script, "--run-name", "x", *flags, "--max_steps", 3, "--resume")[0] == 0
     change(tmp_path / kind)
@@ -329,7 +350,7 @@ def test_a_file_system_s_own_files_in_a_checkpoint_do_no_harm(sound, commands, t
     shutil.copytree(sound["finetune_lowmem"], tmp_path / "finetune_lowmem")
     (step_folder(tmp_path / "finetune_lowmem") / ".nfs0001").touch()
     (step_folder(tmp_path / "finetune_lowmem") / "@eaDir").mkdir()
-    flags = ["--model", sound["model"], "--dataset", sound["data"], "--output_dir", tmp_path, "--resume"]
+    flags = ["--model", sound["model"], "--dataset", sound["data"], "--output_dir", tmp_path, *CONSTANT, "--resume"]
     code, _, err = commands.run("finetune_lowmem", "--run-name", "finetune_lowmem", *flags, "--max_steps", 6)
     assert code == 0, err
 
@@ -369,7 +390,7 @@ def test_what_must_not_be_read_or_written_is_no_damage(sound, commands, tmp_path
     shutil.copytree(sound["finetune_lowmem"], tmp_path / "finetune_lowmem")
     closed = next((tmp_path / "finetune_lowmem" / "checkpoint").glob("step-*/weights-*"))
     closed.chmod(0)
-    flags = ["--model", sound["model"], "--dataset", sound["data"], "--output_dir", tmp_path, "--resume"]
+    flags = ["--model", sound["model"], "--dataset", sound["data"], "--output_dir", tmp_path, *CONSTANT, "--resume"]
     code, _, err = commands.run("finetune_lowmem", "--run-name", "finetune_lowmem", *flags, first=as_user)
     assert code == 2
     assert f"error: Permission denied: {closed}; " in err
@@ -389,7 +410,7 @@ def test_a_model_that_is_a_link_is_replaced_and_what_it_leads_to_is_kept(sound, 
     shutil.copytree(sound["finetune_lowmem"], tmp_path / "finetune_lowmem")
     shutil.rmtree(tmp_path / "finetune_lowmem" / "model")
     (tmp_path / "finetune_lowmem" / "model").symlink_to(tmp_path / "mine")
-    flags = ["--model", sound["model"], "--dataset", sound["data"], "--output_dir", tmp_path, "--resume"]
+    flags = ["--model", sound["model"], "--dataset", sound["data"], "--output_dir", tmp_path, *CONSTANT, "--resume"]
     assert commands.run("finetune_lowmem", "--run-name", "finetune_lowmem", *flags, "--max_steps", 4)[0] == 0
     assert (tmp_path / "finetune_lowmem" / "model" / "config.json").exists()
     assert [f.name for f in (tmp_path / "mine").iterdir()] == ["keep"]
@@ -513,7 +534,7 @@ def test_a_whole_run_and_its_resumption_load_no_pickle(script, sound, commands, 
     watch += "    if event == 'pickle.find_class':\n"
     watch += "        traceback.print_stack(); os._exit(99)\n"
     watch += "sys.addaudithook(audit)\n"
-    flags = ["--output_dir", tmp_path, "--model", sound["model"], "--dataset", sound["data"], "--epochs", 1]
+    flags = ["--output_dir", tmp_path, "--model", sound["model"], "--dataset", sound["data"], "--epochs", 1, *CONSTANT]
     for more in (["--max_steps", 3], ["--resume"]):
         code, _, err = commands.run(script, "--run-name", "x", *flags, *more, first=watch)
         assert code == 0, err
@@ -538,7 +559,7 @@ def test_nothing_but_checkpoints_is_removed(sound, commands, tmp_path):
     (elsewhere / "step-4 of mine").mkdir()
     (elsewhere / "step-notes").write_text("mine")
     (elsewhere / "notes.txt").write_text("mine")
-    flags = ["--model", sound["model"], "--dataset", sound["data"], "--output_dir", tmp_path, "--resume"]
+    flags = ["--model", sound["model"], "--dataset", sound["data"], "--output_dir", tmp_path, *CONSTANT, "--resume"]
     assert commands.run("finetune_lowmem", "--run-name", "finetune_lowmem", *flags, "--max_steps", 6)[0] == 0
     assert {f.name for f in elsewhere.iterdir()} == {"step-4 of mine", "step-notes", "notes.txt", "step-6"}
 

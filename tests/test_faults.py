@@ -35,11 +35,14 @@ every_optimizer = pytest.mark.parametrize(("script", "flags"), OPTIMIZERS, ids=[
 
 @pytest.fixture
 def argv(tmp_path, model_folder, dataset_folder):
-    """argv(name, *flags): arguments of a run of 15 steps an epoch on a tiny model, each step logged."""
+    """argv(name, *flags): arguments of a run of 15 steps an epoch on a tiny model, each step logged.
+
+    At a constant rate, so that a run may go on to another length.
+    """
 
     def make(name, *flags):
         where = ["--run-name", name, "--output_dir", tmp_path, "--model", model_folder(), "--dataset", dataset_folder]
-        return [*where, "--batch_size", 4, "--log_every", 1, "--lr", "1e-2", *flags]
+        return [*where, "--batch_size", 4, "--log_every", 1, "--lr", "1e-2", "--schedule", "constant", *flags]
 
     return make
 

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.gpu
 def run(tmp_path, model_folder, dataset_folder):
     """run(name, *flags, compiled=False) -> (summary, terminal), or the last line of a run that ends with exit code `ends`.
 
-    15 steps an epoch on tiny models. first: Python code that runs before. meanwhile: function of the process, called
-    once it has started.
+    15 steps an epoch on tiny models, at a constant rate, so that a run may go on to another length. first: Python code
+    that runs before. meanwhile: function of the process, called once it has started.
     """
 
     def go(name, *flags, compiled=False, architecture="llama", model=None, ends=0, first="", meanwhile=lambda _: None):
@@ -42,7 +42,7 @@ def run(tmp_path, model_folder, dataset_folder):
             "--dataset",
             dataset_folder,
         ]
-        argv += ["--batch_size", 4, "--lr", "1e-2", "--log_every", 2, *flags]
+        argv += ["--batch_size", 4, "--lr", "1e-2", "--schedule", "constant", "--log_every", 2, *flags]
         process = subprocess.Popen(
             [sys.executable, "-c", code, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
