@@ -33,7 +33,7 @@ def training_loss(model, batch):
 
 def main(argv=None):
     parser = common.argument_parser(
-        "finetune_base", __doc__.splitlines()[0], batch_size=32, lr=3e-6, demo_lr=3e-5, log_every=100
+        "finetune_base", __doc__.splitlines()[0], batch_size=32, lr=3e-6, demo_lr=6e-5, log_every=100
     )
     parser.add("--optimizer", choices=list(OPTIMIZERS), default="Adam", help="update rule")
     args = common.parse_arguments(parser, argv)

@@ -844,7 +844,7 @@ def print_plan(plan, placed, depth, budget, share):
 
 def parse(argv):
     parser = common.argument_parser(
-        "finetune_lowmem", __doc__.splitlines()[0], batch_size=8, lr=1e-4, demo_lr=3e-4, log_every=400
+        "finetune_lowmem", __doc__.splitlines()[0], batch_size=8, lr=1e-4, demo_lr=6e-4, log_every=400
     )
     parser.add("--nostround", action="store_true", help="round to nearest instead of stochastically: the ablation")
     parser.add("--no_compile", action="store_true", help="run the model as it is: no torch.compile, no CUDA graphs")
