@@ -316,8 +316,8 @@ def argument_parser(script, description, batch_size, lr, demo_lr, log_every):
         "--schedule",
         choices=list(SCHEDULES),
         default="linear",
-        help="learning rate after the warm-up: constant, or falling to 0 at the run's last step, in a straight line or "
-        "half a cosine wave; only a run with constant may go on to another length",
+        help="learning rate after the warm-up: constant, or falling towards 0 after the run's last step, in a straight "
+        "line or half a cosine wave; --resume must then keep --epochs and --max_steps",
     )
     add(
         "--warmup_steps",
@@ -327,7 +327,12 @@ def argument_parser(script, description, batch_size, lr, demo_lr, log_every):
         help="first steps, in which the learning rate rises in a straight line",
     )
     add("--epochs", type=_count_or_zero, default=3, metavar="N", help="passes over the training rows; 0 only evaluates")
-    add("--max_steps", type=_count, metavar="N", help="stop after this many steps in all; None: no limit")
+    add(
+        "--max_steps",
+        type=_count,
+        metavar="N",
+        help="end after this many steps in all, --schedule with them; None: no limit",
+    )
     add("--seed", type=_count_or_zero, default=42, help="seeds data order, torch and rounding")
     # What is kept
     add("--output_dir", default="runs_hell", metavar="DIR", help="folder that holds the runs")

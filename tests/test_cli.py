@@ -160,7 +160,7 @@ def test_every_flag_is_in_help_with_its_default(script):
     batch_size, lr, log_every = {"finetune_base": (32, "3e-06", 100), "finetune_lowmem": (8, "0.0001", 400)}[script]
     assert f"rows per step (default: {batch_size})" in text
     assert f"learning rate (default: {lr})" in text
-    assert "may go on to another length (default: linear)" in text
+    assert "(default: linear)" in text
     assert f"steps between log lines (default: {log_every})" in text
     assert text.count("(default: ") >= 17
 
@@ -357,8 +357,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, script, flags, stop):
 
 
 @both_scripts
-def test_a_resumed_run_goes_on_with_its_schedule(run, script, monkeypatch):
-    flags = ("--epochs", 2, "--batch_size", 4, "--save_every", 3, "--schedule", "cosine", "--warmup_steps", 5)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_resumed_run_goes_on_with_its_schedule(run, script, schedule, monkeypatch):
+    flags = ("--epochs", 2, "--batch_size", 4, "--save_every", 3, "--schedule", schedule, "--warmup_steps", 5)
     _, whole = run(script, "whole", *flags)
     with monkeypatch.context() as patch:
         plain = common.Run.after_step
@@ -373,7 +374,8 @@ def test_a_resumed_run_goes_on_with_its_schedule(run, script, monkeypatch):
             run(script, "parts", *flags)
     for changed in (("--epochs", 3), ("--max_steps", 20)):
         with pytest.raises(
-            common.UserError, match=f"started with other settings: {changed[0]} .* is now {changed[1]} .*cosine ends"
+            common.UserError,
+            match=f"started with other settings: {changed[0]} .* is now {changed[1]} .*{schedule} ends",
         ):
             run(script, "parts", *flags, *changed, "--resume")
     summary, parts = run(script, "parts", *flags, "--resume")

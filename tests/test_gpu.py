@@ -117,7 +117,7 @@ def stop_after(tmp_path, name, count, number):
 @pytest.mark.parametrize(("compiled", "architecture"), [(False, "phi"), (True, "llama")])
 def test_a_killed_and_interrupted_run_goes_on_bit_for_bit(compiled, architecture, run, tmp_path):
     """Batches of 22 rows have 132 targets, an epoch's last 96: graphs that are padded to 256 and 128."""
-    flags = ["--epochs", 40, "--save_every", 10, "--batch_size", 22]
+    flags = ["--epochs", 40, "--save_every", 10, "--batch_size", 22, "--schedule", "linear"]
     how = {"compiled": compiled, "architecture": architecture}
     whole, _ = run("whole", *flags, **how)
     run("parts", *flags, **how, ends=-signal.SIGKILL, meanwhile=stop_after(tmp_path, "parts", 12, signal.SIGKILL))

@@ -289,6 +289,8 @@ def worker(name, args):
             "--log_every",
             "20",
             "--no_save_model",
+            "--schedule",
+            "constant",  # as the peers have it, so that losses compare
             "--max_steps",
             str(before + timed + profiled),
         ]

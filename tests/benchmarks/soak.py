@@ -82,7 +82,8 @@ def worker(name, args):
         make_folder("1B", args.tokenizer, Path(folder) / "model")
         argv = ["--run-name", "x", "--output_dir", folder, "--model", f"{folder}/model", "--dataset", args.dataset]
         argv += ["--eval_rows", "100", "--log_every", "100", "--save_every", "1100", "--no_save_model", *CASES[name]]
-        summary = finetune_lowmem.main([*argv, "--max_steps", str(STEPS)])
+        argv += ["--max_steps", str(STEPS)]
+        summary = finetune_lowmem.main(argv)
         start = time.perf_counter()
         common.check_resume(finetune_lowmem.parse([*argv, "--resume"]), Path(folder) / "x")
         checked = (time.perf_counter() - start) / 2  # parsing checks too

@@ -33,7 +33,7 @@ VARIANTS = {  # name: (script, [(file, text, text instead)])
         ],
     ),
     "beta2": ("finetune_lowmem", [("common.py", "beta2=0.99,", "beta2=0.999,")]),
-    "fp32-logits": (  # the baseline's loss from fp32 logits, the low-memory script's, instead of autocast's in bf16
+    "fp32-head": (  # the baseline's head and loss in fp32 throughout, where autocast rounds weights and logits to bf16
         "finetune_base",
         [
             (
