@@ -27,25 +27,46 @@ def cut_cross_entropy_loss(head, hidden, targets, weights):
     return (linear_cross_entropy_apply(hidden * head.scale, head.weight, params) * weights).sum()
 
 
-def measure(loss, hidden, weight, targets, upstream, truth):
-    """(relative error of the gradient by hidden, milliseconds of forward and backward, MiB that they take more)."""
-    head = SimpleNamespace(get_output_embeddings=lambda: layer, base_model=None, config=SimpleNamespace())
-    head.config.get_text_config = lambda: head.config
-    layer = SimpleNamespace(weight=weight, bias=None)
-    head, times = common.Head(head), []
+def milliseconds(function):
+    """Median of ten runs after three."""
+    times = []
     for _ in range(13):
-        x = hidden.clone().requires_grad_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
         start.record()
-        loss(head, x, targets, upstream).backward()
+        function()
         end.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
-        more = torch.cuda.max_memory_allocated() - before
-    error = ((x.grad - truth).norm() / truth.norm()).item()
-    return error, statistics.median(times[3:]), more / 2**20
+    return statistics.median(times[3:])
+
+
+def measure(loss, hidden, weight, targets, upstream, truth):
+    """(relative error of the gradient by hidden, milliseconds of forward and backward launched one by one and as a graph,
+    MiB that they take more).
+    """
+    layer = SimpleNamespace(weight=weight, bias=None)
+    model = SimpleNamespace(get_output_embeddings=lambda: layer, base_model=None, config=SimpleNamespace())
+    model.config.get_text_config = lambda: model.config
+    head = common.Head(model)
+
+    def run():
+        x.grad = None
+        loss(head, x, targets, upstream).backward()
+
+    torch.cuda.synchronize()  # the inputs come from another stream
+    with torch.cuda.stream(torch.cuda.Stream()):
+        x = hidden.clone().requires_grad_()
+        eager = milliseconds(run)
+        x.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        more, error = torch.cuda.max_memory_allocated() - before, (x.grad - truth).norm() / truth.norm()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            run()
+        return error.item(), eager, milliseconds(graph.replay), more / 2**20
 
 
 def compare():
@@ -61,8 +82,11 @@ def compare():
         truth = slopes / 268 @ weight.double()
         del slopes
         for method, loss in losses.items():
-            error, ms, mib = measure(loss, hidden, weight, targets, upstream, truth)
-            print(f"{name:<14}{method:<19} gradient off by {100 * error:.2f} %  {ms:.2f} ms  {mib:.0f} MiB")
+            error, eager, graph, mib = measure(loss, hidden, weight, targets, upstream, truth)
+            print(
+                f"{name:<14}{method:<19} gradient off by {100 * error:.2f} %  {eager:.2f} ms, as a graph {graph:.2f} ms  "
+                f"{mib:.0f} MiB"
+            )
 
 
 if __name__ == "__main__":
