@@ -1765,7 +1765,8 @@ def check_resume(args, run_dir):
     ]
     if differing:
         longer = falls and any(setting.startswith(("--epochs", "--max_steps")) for setting in differing)
-        why = f" (--schedule {saved['schedule']} ends with the run: its length must stay)" if longer else ""
+        new = f"keep its length, or train on in a new run with --model {run_dir / 'model'}"
+        why = f" (--schedule {saved['schedule']} ends with the run: {new})" if longer else ""
         raise UserError(f"--resume: {run_dir} was started with other settings: {'; '.join(differing)}{why}")
 
 
