@@ -214,18 +214,8 @@ def sound(tmp_path_factory, commands, model_folder, dataset_folder):
     """{"model", "data"}: sound folders; {script: run folder} with a checkpoint at step 4."""
     folder, made = tmp_path_factory.mktemp("sound"), {"model": model_folder(), "data": dataset_folder}
     for script in SCRIPTS:
-        flags = [
-            "--model",
-            made["model"],
-            "--dataset",
-            made["data"],
-            "--output_dir",
-            folder,
-            *CONSTANT,
-            "--max_steps",
-            4,
-        ]
-        assert commands.run(script, "--run-name", script, *flags)[0] == 0
+        flags = ["--model", made["model"], "--dataset", made["data"], "--output_dir", folder, *CONSTANT]
+        assert commands.run(script, "--run-name", script, *flags, "--max_steps", 4)[0] == 0
         made[script] = folder / script
     return made
 
@@ -297,15 +287,8 @@ def test_other_content_behind_the_same_name_is_refused(script, name, sound, comm
     kind, change, flag = SAME_NAME[name]
     for part in ("model", "data"):
         shutil.copytree(sound[part], tmp_path / part)
-    flags = [
-        "--model",
-        tmp_path / "model",
-        "--dataset",
-        tmp_path / "data",
-        "--output_dir",
-        tmp_path / "runs",
-        *CONSTANT,
-    ]
+    flags = ["--model", tmp_path / "model", "--dataset", tmp_path / "data", "--output_dir", tmp_path / "runs"]
+    flags += CONSTANT
     assert commands.run(script, "--run-name", "x", *flags, "--max_steps", 2)[0] == 0
     assert commands.run(script, "--run-name", "x", *flags, "--max_steps", 3, "--resume")[0] == 0
     change(tmp_path / kind)
