@@ -1,8 +1,8 @@
 """What finetune_base.py and finetune_lowmem.py share, because it must be equal in both.
 
 In this order: errors and arguments; the model and its head; HellaSwag as lm-evaluation-harness scores it; batches;
-evaluation; stochastic rounding and the Adafactor update, in PyTorch and as Triton kernels; learning rates; memory;
-checkpoints; the run; the demo's files.
+evaluation; stochastic rounding and the Adafactor update, in PyTorch; that update as Triton kernels; optimizers;
+learning rates; memory; checkpoints; the run; the demo's files. Each part has its heading between rules.
 """
 
 import argparse
@@ -1158,7 +1158,7 @@ def accuracy(rows, scores):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Stochastic rounding and Adafactor
+# Stochastic rounding and the Adafactor update
 
 
 def stochastic_round(x, generator=None):
@@ -1226,7 +1226,10 @@ def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None):
     return finite
 
 
-# The same update as Triton kernels (Tillet et al. 2019). The gradient is read three times, for means, norms and step,
+# ---------------------------------------------------------------------------------------------------------------------
+# The Adafactor update as Triton kernels
+
+# The same update (Tillet et al. 2019 for Triton). The gradient is read three times, for means, norms and step,
 # the weights for the last two, and written once: 12 bytes an element in bf16. What one kernel hands to the next are
 # sums over tiles, in a fixed order, so that a seed gives the same weights each time; nothing is as large as the tensor,
 # nothing waits for the host.
@@ -1459,27 +1462,8 @@ def _as_matrix(x):
     return x.view(-1, x.shape[-1] if x.ndim > 1 else 1)
 
 
-SCHEDULES = {  # the part of --lr at a part, from 0 to 1, of the steps after the warm-up
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: (1.0 + math.cos(math.pi * done)) / 2,
-}
-
-
-def learning_rate(args, done, steps):
-    """The learning rate of the step that follows `done` of a run's `steps`."""
-    if done < args.warmup_steps:
-        return args.lr * (done + 1) / args.warmup_steps
-    return args.lr * SCHEDULES[args.schedule]((done - args.warmup_steps) / (steps - args.warmup_steps))
-
-
-def set_learning_rate(optimizer, lr):
-    """Set it for all groups; in place where it is a tensor, which captured graphs read."""
-    for group in optimizer.param_groups:
-        if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -1570,6 +1554,33 @@ def guarded(optimizer_class):
         return optimizer
 
     return make
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning rates
+
+
+SCHEDULES = {  # the part of --lr at a part, from 0 to 1, of the steps after the warm-up
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: (1.0 + math.cos(math.pi * done)) / 2,
+}
+
+
+def learning_rate(args, done, steps):
+    """The learning rate of the step that follows `done` of a run's `steps`."""
+    if done < args.warmup_steps:
+        return args.lr * (done + 1) / args.warmup_steps
+    return args.lr * SCHEDULES[args.schedule]((done - args.warmup_steps) / (steps - args.warmup_steps))
+
+
+def set_learning_rate(optimizer, lr):
+    """Set it for all groups; in place where it is a tensor, which captured graphs read."""
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1764,9 +1775,9 @@ def check_resume(args, run_dir):
         f"--{k} {saved.get(k)} is now {v}" for k, v in vars(args).items() if k not in may_differ and saved.get(k) != v
     ]
     if differing:
-        longer = falls and any(setting.startswith(("--epochs", "--max_steps")) for setting in differing)
+        other_length = falls and any(setting.startswith(("--epochs", "--max_steps")) for setting in differing)
         new = f"keep its length, or train on in a new run with --model {run_dir / 'model'}"
-        why = f" (--schedule {saved['schedule']} ends with the run: {new})" if longer else ""
+        why = f" (--schedule {saved['schedule']} ends with the run: {new})" if other_length else ""
         raise UserError(f"--resume: {run_dir} was started with other settings: {'; '.join(differing)}{why}")
 
 

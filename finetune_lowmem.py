@@ -16,7 +16,7 @@ pieces (`StreamedHead`), as many as do not fit (`choose_plan`).
 What a GPU also gets, so that CUDA takes little of it and the host never keeps it waiting: `shrink_context`,
 `leave_out_masks`, `compile_layers`, `Graphs`.
 
-In this order: the techniques, streaming, what keeps the GPU busy, checks, `main`. For the techniques alone read the
+In this order: the techniques, streaming, what keeps the GPU busy, checks, the run. For the techniques alone read the
 first part and `main`.
 """
 
@@ -822,6 +822,7 @@ def _names_in_graph(loss):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The run
 
 
 def print_plan(plan, placed, depth, budget, share):
