@@ -33,17 +33,8 @@ def run(tmp_path, model_folder, dataset_folder, monkeypatch):
 
     def go(script, name, *flags, model=None):
         argv = ["--run-name", name, "--output_dir", str(tmp_path), "--model", str(model or model_folder())]
-        argv += [
-            "--dataset",
-            str(dataset_folder),
-            "--log_every",
-            "2",
-            "--lr",
-            "1e-2",
-            "--schedule",
-            "constant",
-            *map(str, flags),
-        ]
+        argv += ["--dataset", str(dataset_folder), "--log_every", "2", "--lr", "1e-2"]
+        argv += ["--schedule", "constant", *map(str, flags)]
         return SCRIPTS[script].main(argv), tmp_path / name
 
     return go
