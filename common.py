@@ -1183,13 +1183,15 @@ BLOCK = 2**22  # elements: the update's temporaries are fp32 blocks of 16 MiB, n
 FLOOR = 1e-30  # eps1 of the Adafactor paper, added to the squared gradient's means
 
 
-def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None):
+def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None, compensation=None):
     """One Adafactor step on weights p [R, C] in place, with gradient g [R, C]; all arithmetic in fp32.
 
     row [R], col [C]: fp32 running means of g² over columns and rows, updated in place (Shazeer & Stern 2018, eq. 4-6).
     The update g / sqrt(row ⊗ col / mean(row)) is rescaled to the norm lr * max(‖p‖, 1e-3 sqrt(n)), as LARS does (You et
     al. 2017), so that each step moves the tensor by a relative lr. rounding: "stochastic" or "nearest", for bf16 p.
-    Returns a bool tensor: False where the update is not finite, and then p, row and col stay as they were.
+    compensation [R], of a bf16 vector (C = 1): fp32, what rounding has left out of p so far, updated in place. p + it
+    takes the step, and p is that rounded to nearest, whatever `rounding` says (Kahan summation, for weights: Zamirai et
+    al. 2020). Returns a bool tensor: False where the update is not finite, and then all stay as they were.
     """
     (rows, cols), step = p.shape, max(1, BLOCK // p.shape[1])
     blocks = [slice(start, start + step) for start in range(0, rows, step)]
@@ -1217,10 +1219,15 @@ def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None):
     scale = torch.where(u_square > FLOOR, lr * norm / u_square.sqrt(), 0.0)
 
     for block in blocks:
-        moved = p[block].float() - torch.where(finite, update(block).mul_(scale), 0.0)
-        if p.dtype == torch.bfloat16 and rounding == "stochastic":
-            moved = stochastic_round(moved, generator)
-        p[block].copy_(moved)
+        moved = torch.where(finite, update(block).mul_(-scale), 0.0).add_(p[block])
+        if compensation is not None:
+            moved += compensation[block, None]
+            p[block].copy_(moved)
+            compensation[block] = (moved - p[block])[:, 0]
+        elif p.dtype == torch.bfloat16 and rounding == "stochastic":
+            p[block].copy_(stochastic_round(moved, generator))
+        else:
+            p[block].copy_(moved)
     row.copy_(torch.where(finite, new_row, row))
     col.copy_(torch.where(finite, new_col, col))
     return finite
@@ -1390,38 +1397,63 @@ def _step(
 
 
 @_kernel
-def _whole_update(
-    p, g, row, col, count, skipped, n, lr, beta2_rest, least_norm, tiny, number, seed,
-    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+def _vector_update(
+    p, g, row, col, compensation, skipped, n, lr, beta2_rest, least_norm, tiny,
+    COMPENSATED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The update of a vector of at most BLOCK elements, by one program."""
-    at = tl.arange(0, BLOCK)
-    updates = tl.load(count) + 1
-    x_g = tl.load(g + at, mask=at < n, other=0.0).to(tl.float32)
-    x_p = tl.load(p + at, mask=at < n, other=0.0).to(tl.float32)
-    before, col_before = tl.load(row + at, mask=at < n, other=1.0), tl.load(col)
-    new_row = before + beta2_rest * (x_g * x_g + tiny - before)
-    new_col = col_before + beta2_rest * (tl.sum(x_g * x_g) / n + tiny - col_before)
-    total = tl.sum(tl.where(at < n, new_row, 0.0))
-    u = x_g * tl.rsqrt(new_row / (total / n)) * tl.rsqrt(new_col)
-    u_square, p_square = tl.sum(tl.where(at < n, u * u, 0.0)), tl.sum(x_p * x_p)
-    finite = tl.abs(u_square + p_square + total + new_col) < float("inf")
+    """The whole update of a vector, by one program that goes over it twice, for norms and step.
+
+    A vector's col is the mean of its row, so that the two cancel in the factors: g / sqrt(row) has the same direction.
+    """
+    col_before = tl.load(col)
+    g_squares, u_squares = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    p_squares = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x_g = tl.load(g + at, mask=at < n, other=0.0).to(tl.float32)
+        x_p = tl.load(p + at, mask=at < n, other=0.0).to(tl.float32)
+        before = tl.load(row + at, mask=at < n, other=1.0)
+        u = x_g * tl.rsqrt(before + beta2_rest * (x_g * x_g + tiny - before))
+        g_squares += x_g * x_g
+        u_squares += u * u
+        p_squares += x_p * x_p
+    u_square, p_square = tl.sum(u_squares), tl.sum(p_squares)
+    new_col = col_before + beta2_rest * (tl.sum(g_squares) / n + tiny - col_before)
     norm = tl.load(lr) * tl.maximum(tl.sqrt(p_square), least_norm)
     scale = tl.where(u_square > tiny, norm / tl.sqrt(u_square), 0.0)
-    tl.store(count, updates)
-    if finite:
-        x = x_p - u * scale
-        if STOCHASTIC:
-            x = _round_up_or_down(x, _random_words(at, updates, number, seed)[0])
-        tl.store(p + at, x.to(p.dtype.element_ty), mask=at < n)
-        tl.store(row + at, new_row, mask=at < n)
+    if tl.abs(u_square + p_square + new_col) < float("inf"):
         tl.store(col, new_col)
+        for start in range(0, n, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x_g = tl.load(g + at, mask=at < n, other=0.0).to(tl.float32)
+            before = tl.load(row + at, mask=at < n, other=1.0)
+            new_row = before + beta2_rest * (x_g * x_g + tiny - before)
+            x = tl.load(p + at, mask=at < n, other=0.0).to(tl.float32) - x_g * tl.rsqrt(new_row) * scale
+            if COMPENSATED:
+                x += tl.load(compensation + at, mask=at < n, other=0.0)
+                rounded = x.to(p.dtype.element_ty)
+                tl.store(compensation + at, x - rounded.to(tl.float32), mask=at < n)
+            tl.store(p + at, x.to(p.dtype.element_ty), mask=at < n)
+            tl.store(row + at, new_row, mask=at < n)
     else:
         tl.store(skipped, tl.load(skipped) + 1)
 
 
+def fused_vector_update(p, g, row, col, lr, beta2, skipped, compensation=None):
+    """`adafactor_update` of a vector in one kernel; p and g [R, 1] contiguous, fp32 or bf16, on a GPU.
+
+    lr, skipped: as in `fused_adafactor_update`. Without compensation bf16 weights are rounded to nearest.
+    """
+    rows, compensated = p.shape[0], compensation is not None
+    block, least_norm = min(2**13, triton.next_power_of_2(rows)), 1e-3 * math.sqrt(rows)
+    _vector_update[(1,)](
+        p, g, row, col, compensation if compensated else row, skipped, rows, lr, 1 - beta2, least_norm, FLOOR,
+        compensated, block,
+    )  # fmt: skip
+
+
 def fused_adafactor_update(p, g, row, col, lr, beta2, rounding, count, number, seed, skipped):
-    """`adafactor_update` in four kernels, a short vector's in one; p and g [R, C] contiguous, fp32 or bf16, on a GPU.
+    """`adafactor_update` of a matrix in four kernels; p and g [R, C] contiguous, fp32 or bf16, on a GPU.
 
     lr: fp32 scalar tensor. count: int32 scalar tensor, the updates of this tensor so far; number: int, which tensor it
     is; both and `seed` key the rounding noise. skipped: int64 scalar tensor, plus 1 where the update is not finite.
@@ -1429,13 +1461,6 @@ def fused_adafactor_update(p, g, row, col, lr, beta2, rounding, count, number, s
     """
     (rows, cols), least_norm = p.shape, 1e-3 * math.sqrt(p.numel())
     stochastic = rounding == "stochastic" and p.dtype == torch.bfloat16
-    if cols == 1 and rows <= 2**13:  # one program holds no more in registers
-        block = triton.next_power_of_2(rows)
-        _whole_update[(1,)](
-            p, g, row, col, count, skipped, rows, lr, 1 - beta2, least_norm, FLOOR, number, seed, stochastic, block
-        )
-        return
-
     # Tile heights and widths, and programs enough for a whole GPU: the best of those tried on an H100
     block, strips = 32, max(1, min(32, p.numel() // 2**22))
     tall, wide = triton.cdiv(rows, 64 * strips), triton.cdiv(cols, 64)
@@ -1471,7 +1496,9 @@ class Adafactor(torch.optim.Optimizer):
 
     `step()` updates every parameter with a gradient; `update(p)` one of them, for use inside the backward pass. Of more
     than two dimensions, all but the last count as rows. A vector counts as [n, 1], for which the factored mean *is* the
-    unfactored one. `fused`: run the update as `fused_adafactor_update`'s kernels; None: on a GPU where Triton is there.
+    unfactored one. With "stochastic" rounding vectors in bf16 are compensated instead: they are few numbers, and noise
+    in a norm's gain does as much harm as noise in each weight that it scales.
+    `fused`: run the update as `fused_adafactor_update`'s kernels; None: on a GPU where Triton is there.
     `skipped`: int64 tensor on the device, the updates left out because they were not finite. Each group's "lr" becomes
     an fp32 scalar tensor on the device, so that schedules reach captured graphs: torch's write into it.
     """
@@ -1495,30 +1522,35 @@ class Adafactor(torch.optim.Optimizer):
     def reset(self):
         """Forget all state and start the rounding noise anew."""
         for p in self.group_of:
-            rows, cols = _as_matrix(p).shape
-            self.state[p] = {name: p.new_zeros(n, dtype=torch.float32) for name, n in (("row", rows), ("col", cols))}
+            sizes = dict(zip(("row", "col"), _as_matrix(p).shape, strict=True))
+            if self.is_compensated(p):
+                sizes["compensation"] = sizes["row"]
+            self.state[p] = {name: p.new_zeros(n, dtype=torch.float32) for name, n in sizes.items()}
             if self.fused:
                 self.state[p]["count"] = p.new_zeros((), dtype=torch.int32)
         self.generator.manual_seed(self.seed)
         self.skipped.zero_()
+
+    def is_compensated(self, p):
+        is_vector = _as_matrix(p).shape[1] == 1
+        return is_vector and p.dtype == torch.bfloat16 and self.group_of[p]["rounding"] == "stochastic"
 
     @torch.no_grad()
     def update(self, p):
         """Update p with p.grad, without waiting for the device."""
         if p.numel() == 0:
             return
-        settings = {name: self.group_of[p][name] for name in ("lr", "beta2", "rounding")}
-        state, g = self.state[p], _as_matrix(p.grad.contiguous())
-        if self.fused:
-            noise = {"count": state["count"], "number": self.number_of[p], "seed": self.seed}
-            fused_adafactor_update(
-                _as_matrix(p), g, state["row"], state["col"], **settings, **noise, skipped=self.skipped
-            )
-        else:
-            finite = adafactor_update(
-                _as_matrix(p), g, state["row"], state["col"], **settings, generator=self.generator
-            )
+        group, state = self.group_of[p], self.state[p]
+        args = [_as_matrix(p), _as_matrix(p.grad.contiguous()), state["row"], state["col"], group["lr"], group["beta2"]]
+        compensation = state.get("compensation")
+        if not self.fused:
+            finite = adafactor_update(*args, group["rounding"], self.generator, compensation)
             self.skipped += ~finite
+        elif args[0].shape[1] == 1:
+            fused_vector_update(*args, self.skipped, compensation)
+        else:
+            noise = {"count": state["count"], "number": self.number_of[p], "seed": self.seed}
+            fused_adafactor_update(*args, group["rounding"], **noise, skipped=self.skipped)
 
     def step(self, closure=None):
         if closure is not None:
