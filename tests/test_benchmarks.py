@@ -135,18 +135,29 @@ def test_tables_and_picture_of_results_that_are_not_complete(tmp_path):
     found = as_results(result("low-memory", 1e-4, 42, rows=rows))
     for method in ("low-memory", "FP32 Adam, batch 8"):
         found |= as_results({"method": method, "lr": 3e-4, "seed": 42, "failed": "error: the run has diverged"})
-    assert list(accuracy.table(found, {}, "acc_norm")) == ["FP32 Adam, batch 32 and low-memory have not run yet"]
-    assert "| low-memory |  |  |  | 80.00 / 40.0 |  | diverged |  |" in list(accuracy.grid_table(found))
+    alone = list(accuracy.table(found, {}, "acc_norm"))
+    assert [line.split(" | ")[0] for line in alone[2:4]] == ["| no fine-tuning, bf16 weights", "| low-memory"]
+    assert alone[-1] == "|---|---|---|---|---|---|"  # no differences without a yardstick
+    assert "| low-memory |  |  |  | 80.00 / 40.0 |  | diverged |  |  |" in list(accuracy.grid_table(found))
     assert len(list(accuracy.small_rate_table(found))) == 2
     found |= as_results(result("FP32 Adam, batch 32", 1e-4, 42, rows=rows))
     text = "\n".join(accuracy.table(found, {}, "acc_norm"))
     assert "| low-memory | 1e-4, of 2 rates so far | 1 | 30.00 | 40.00 | 80.00 | not measured | not measured |" in text
     assert "FP32 Adam, batch 8" not in text
+    assert "| low-memory | FP32 Adam, batch 32 | 1 | +0.00 (+0.00 to +0.00) |" in text
     found |= as_results(result("low-memory, clipping", 1e-4, 42, rows=rows))
     assert list(accuracy.ablation_table(found))[2].startswith("| low-memory, clipping | 1e-4 | 1 | +0.00")
     pytest.importorskip("matplotlib")
     accuracy.plot(found, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_rates_beyond_the_grid_are_a_methods_own():
+    method, (more,) = next(iter(accuracy.WIDER.items()))
+    assert (method, more, 42) in accuracy.missing_cells({}, [method])
+    found = as_results(*(result(method, rate, 42, gold_nll=80 - 100 * rate) for rate in accuracy.grid(method)))
+    assert accuracy.best_rate(found, method, "gold_nll") == more
+    assert more not in accuracy.grid("low-memory")
 
 
 @pytest.mark.parametrize(("variable", "cards"), [(None, ["0", "1", "2"]), ("5,7", ["5", "7"]), ("GPU-a", ["GPU-a"])])

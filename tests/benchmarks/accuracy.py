@@ -34,16 +34,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 import gpu
 
 ROOT, RESULTS = Path(__file__).parents[2], Path(__file__).parent / "results"
-METHODS = {name: (script, [*flags, "--schedule", "linear"]) for name, (script, flags) in gpu.METHODS.items()} | {
+METHODS = {name: (script, [*flags, "--schedule", "linear"]) for name, (script, flags) in gpu.METHODS.items()}
+METHODS |= {
     f"{name}, --schedule constant": (gpu.METHODS[name][0], ["--schedule", "constant"])
     for name in ("FP32 Adam, batch 32", "low-memory")
 }
+VECTORS = "low-memory, bf16-vectors"  # as it was before vectors were compensated
+METHODS[VECTORS] = ("tests/benchmarks/variant", ["bf16-vectors", "--schedule", "linear"])
 GRID = [1e-5, 3e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4]
+WIDER = {"low-memory, --nostround": [1e-3]}  # whose best rate by both scores would be the grid's last
 SEEDS = [42, 43, 44]
 YARDSTICK = "FP32 Adam, batch 32"
 MORE_SEEDS = {YARDSTICK: [45, 46], "low-memory": [45, 46]}  # the claim is about their difference
 CONSTANT = [f"{method}, --schedule constant" for method in (YARDSTICK, "low-memory")]
-CLAIM = [YARDSTICK, "FP32 Adafactor, batch 8", "low-memory", *CONSTANT]
+CLAIM = [YARDSTICK, "FP32 Adafactor, batch 8", "low-memory", "low-memory, --nostround", *CONSTANT]
 # Where rounding to nearest loses most: of a weight as large as its tensor's RMS a step is at first 0.13 to 0.26 % of the
 # distance between bf16 neighbours, which lie 2^-8 to 2^-7 of it apart
 SMALL_RATE = 1e-5
@@ -53,16 +57,25 @@ PAIRS = [  # whose difference is printed beside each method's to the yardstick
     ("low-memory", CONSTANT[0]),
     tuple(reversed(CONSTANT)),
     ("low-memory", CONSTANT[1]),
+    ("low-memory", VECTORS),
 ]
-AT_SMALL_RATE = ["FP32 Adafactor, batch 8", "low-memory", "low-memory, --nostround"]
+AT_SMALL_RATE = ["FP32 Adafactor, batch 8", "low-memory", VECTORS, "low-memory, --nostround"]
 ABLATIONS = {  # name: (script, flags, rates), with the first seed
     f"{method}, {variant}": ("tests/benchmarks/variant", [variant, *METHODS[method][1]], rates)
     for method, variant, rates in [
         ("FP32 Adafactor, batch 8", "fp32-head", [SMALL_RATE, 1e-4]),
         ("low-memory", "cut-cross-entropy", [1e-4]),
-        ("low-memory", "clipping", [1e-4]),
-        ("low-memory", "beta2", [1e-4]),
+        ("low-memory", "clipping", [1e-4, 3e-4]),
+        ("low-memory", "beta2", [1e-4, 3e-4]),
+        ("low-memory", "antithetic", [1e-4, 3e-4]),
     ]
+} | {
+    f"low-memory, --batch_size {rows}": (
+        "finetune_lowmem",
+        ["--batch_size", str(rows), *METHODS["low-memory"][1]],
+        [1e-4, 2e-4, 5e-4],
+    )
+    for rows in (16, 32)
 }
 SCORES = {"acc": "acc, %", "acc_norm": "acc_norm, %", "gold_nll": "gold NLL, nats"}
 BEST = {"gold_nll": "lowest gold NLL", "acc_norm": "highest acc_norm within its error"}
@@ -82,9 +95,13 @@ def load(path):
     return {cell_of(result): result for result in map(json.loads, lines)}
 
 
+def grid(method):
+    return [*GRID, *WIDER.get(method, [])]
+
+
 def best_rate(results, method, score):
-    """Of the grid's rates that have run with the first seed, the best by the score after the last epoch, or None."""
-    found = {rate: results.get((method, rate, SEEDS[0]), {}) for rate in GRID}
+    """Of the method's rates that have run with the first seed, the best by the score after the last epoch, or None."""
+    found = {rate: results.get((method, rate, SEEDS[0]), {}) for rate in grid(method)}
     found = {rate: run["eval"][-1] for rate, run in found.items() if "eval" in run}
     if found and score == "acc_norm":
         top = max(found.values(), key=lambda last: last["acc_norm"])
@@ -101,13 +118,13 @@ def missing_cells(results, methods):
         if method in ABLATIONS:
             wanted += [(method, rate, SEEDS[0]) for rate in ABLATIONS[method][2]]
             continue
-        grid = [(method, rate, SEEDS[0]) for rate in GRID]
-        wanted += grid
+        first = [(method, rate, SEEDS[0]) for rate in grid(method)]
+        wanted += first
         if method in AT_SMALL_RATE:
             wanted += [(method, SMALL_RATE, seed) for seed in SEEDS]
         for score in BEST if method in CLAIM else ["gold_nll"]:
             best = best_rate(results, method, score)
-            if best and all(cell in results for cell in grid):
+            if best and all(cell in results for cell in first):
                 wanted += [(method, best, seed) for seed in [*SEEDS, *MORE_SEEDS.get(method, [])]]
     return [cell for cell in dict.fromkeys(wanted) if cell not in results]
 
@@ -249,24 +266,22 @@ def over_seeds(values, digits):
 def table(results, speed, score):
     """Lines of Markdown: each method at its rate that is best by the score."""
     best = {method: rate for method in METHODS if (rate := best_rate(results, method, score))}
-    if YARDSTICK not in best or "low-memory" not in best:
-        yield f"{YARDSTICK} and low-memory have not run yet"
-        return
     yield f"| each at its rate of the {BEST[score]} | lr | seeds | {' | '.join(SCORES.values())} | peak, GiB | rows/s |"
     yield "|---|---|---|---|---|---|---|---|"
-    for name, method in (("FP32", YARDSTICK), ("bf16", "low-memory")):  # the same for each rate
-        before = seeds_of(results, method, best[method])[0]["eval"][0]
-        yield f"| no fine-tuning, {name} weights | | | {' | '.join(f'{before[s]:.2f}' for s in SCORES)} | | |"
+    for name, methods in (("FP32", [YARDSTICK]), ("bf16", ["low-memory", VECTORS])):  # the same for each rate
+        for method in [method for method in methods if method in best][:1]:
+            before = seeds_of(results, method, best[method])[0]["eval"][0]
+            yield f"| no fine-tuning, {name} weights | | | {' | '.join(f'{before[s]:.2f}' for s in SCORES)} | | |"
     for method, rate in best.items():
-        measured = method.removesuffix(", --schedule constant")  # which costs the same
+        measured = method.removesuffix(", --schedule constant").removesuffix(", bf16-vectors")  # which cost the same
         runs, case = seeds_of(results, method, rate), speed.get(f"SmolLM2 not compiled: {measured}")
         scores = [over_seeds([run["eval"][-1][score] for run in runs], 2) for score in SCORES]
         cost = ["not measured"] * 2
         if case:
             peak = max(phase["device"] for phase in case["memory_gib"].values())
             cost = [f"{peak:.2f}", f"{case['rows_per_second']:.0f}"]
-        tried = sum((method, rate, SEEDS[0]) in results for rate in GRID)
-        lr = as_text(rate) + f", of {tried} rates so far" * (tried < len(GRID))
+        tried = sum((method, rate, SEEDS[0]) in results for rate in grid(method))
+        lr = as_text(rate) + f", of {tried} rates so far" * (tried < len(grid(method)))
         yield f"| {method} | {lr} | {len(runs)} | {' | '.join([*scores, *cost])} |"
     yield ""
     yield "| | minus | seeds | acc, points | acc_norm, points | gold NLL, nats |"
@@ -278,29 +293,31 @@ def table(results, speed, score):
 
 
 def ablation_table(results):
-    """Lines of Markdown: each ablation minus its method at the same rate, with the first seed."""
+    """Lines of Markdown: each ablation minus its method at the same rate."""
     yield "| | lr | seeds | acc, points | acc_norm, points | gold NLL, nats |"
     yield "|---|---|---|---|---|---|"
     for name, (_, _, rates) in ABLATIONS.items():
         method = name.rpartition(", ")[0]
         for rate in rates:
-            runs = [seeds_of(results, m, rate)[:1] for m in (name, method)]
+            runs = [seeds_of(results, m, rate) for m in (name, method)]
             if all(runs):
                 yield f"| {name} | {' | '.join([as_text(rate), *difference_cells(*runs)])} |"
 
 
 def grid_table(results):
-    """Lines of Markdown: gold NLL and acc_norm after the last epoch over the grid, first seed."""
-    yield f"| gold NLL / acc_norm after the last epoch, seed {SEEDS[0]} | {' | '.join(map(as_text, GRID))} |"
-    yield "|---" * (len(GRID) + 1) + "|"
-    for method in METHODS | ABLATIONS:
-        cells = [results.get((method, rate, SEEDS[0]), {}) for rate in GRID]
+    """Lines of Markdown: gold NLL and acc_norm after the last epoch over the rates, first seed."""
+    rates = sorted({*GRID, *sum(WIDER.values(), [])})
+    yield f"| gold NLL / acc_norm after the last epoch, seed {SEEDS[0]} | {' | '.join(map(as_text, rates))} |"
+    yield "|---" * (len(rates) + 1) + "|"
+    for method in dict.fromkeys([*METHODS, *ABLATIONS, *(method for method, *_ in results)]):
+        cells = [results.get((method, rate, SEEDS[0]), {}) for rate in rates]
         last = [cell["eval"][-1] if "eval" in cell else None for cell in cells]
         texts = [
             f"{x['gold_nll']:.2f} / {x['acc_norm']:.1f}" if x else "diverged" * bool(c)
             for x, c in zip(last, cells, strict=True)
         ]
-        yield f"| {method} | {' | '.join(texts)} |"
+        if any(texts):
+            yield f"| {method} | {' | '.join(texts)} |"
 
 
 def small_rate_table(results):
@@ -337,7 +354,8 @@ def plot(results, out):
         ax.set(title=title, xlabel="epochs of the demo's 8,021 training rows", ylabel=f"held-out {SCORES[score]}")
         ax.set_xticks(range(4))
     for method in METHODS:
-        runs = [r["eval"][-1] for rate in GRID for r in seeds_of(results, method, rate) if r["seed"] == SEEDS[0]]
+        runs = [results.get((method, rate, SEEDS[0]), {}) for rate in grid(method)]
+        runs = [run["eval"][-1] for run in runs if "eval" in run]
         axes[1, 0].plot(*([run[s] for run in runs] for s in ("gold_nll", "acc_norm")), label=method, **looks[method])
     axes[1, 0].set_xlim(78, 92)
     axes[1, 0].set(title=f"after three epochs, a dot a rate, seed {SEEDS[0]}; above 92 nats left out")

@@ -32,6 +32,28 @@ VARIANTS = {  # name: (script, [(file, text, text instead)])
             ("common.py", "norm / u_square.sqrt()", "norm / u_square.sqrt().clamp(min=math.sqrt(rows * cols))"),
         ],
     ),
+    "bf16-vectors": (  # rounded stochastically as the matrices are, no compensation
+        "finetune_lowmem",
+        [
+            ("common.py", "is_vector = _as_matrix(p).shape[1] == 1", "is_vector = False"),
+            ("common.py", "elif args[0].shape[1] == 1:", "elif False:"),
+        ],
+    ),
+    "antithetic": (  # each second update's noise is the complement of the one before: opposite steps undo each other
+        "finetune_lowmem",
+        [
+            (
+                "common.py",
+                "words = _random_words(at, tl.load(count), number, seed)",
+                "words = _random_words(at, tl.load(count) // 2, number, seed)",
+            ),
+            (
+                "common.py",
+                "words[strip // 2] >> (16 * (strip % 2))",
+                "(words[strip // 2] >> (16 * (strip % 2))) ^ (0xFFFF * (tl.load(count) % 2))",
+            ),
+        ],
+    ),
     "beta2": ("finetune_lowmem", [("common.py", "beta2=0.99,", "beta2=0.999,")]),
     "fp32-head": (  # the baseline's head and loss in fp32 throughout, where autocast rounds weights and logits to bf16
         "finetune_base",
