@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_row
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import accuracy
+import noise
 import variant
 
 import common
@@ -230,3 +232,25 @@ def test_what_an_ablation_changes_is_there_to_be_changed(name, tmp_path):
     assert set(changed) == {file for file, *_ in variant.VARIANTS[name][1]}
     for file in [*changed, f"{script}.py"]:
         compile((tmp_path / file).read_text(), file, "exec")
+
+
+def test_the_noise_reckoned_is_that_of_the_updates():
+    """30 steps of random gradients on 256 x 256 weights: the variance of what rounding added.
+
+    What fp32 weights do with the same gradients is the truth. Of five seeds the ratios are 0.96 to 0.99, and of small
+    weights, with a small ulp, 0.90 to 0.92: a step's variance is |d| (ulp - |d|), a little less than is reckoned.
+    """
+    torch.manual_seed(0)
+    start = torch.randn(256, 256).bfloat16()
+    rounded, exact = (torch.nn.Parameter(start.to(dtype)) for dtype in (torch.bfloat16, torch.float32))
+    optimizers = [common.Adafactor([p], lr=1e-4, beta2=0.0) for p in (rounded, exact)]
+    for _ in range(30):
+        g = torch.randn(256, 256)
+        rounded.grad, exact.grad = g.bfloat16(), g
+        for optimizer in optimizers:
+            optimizer.step()
+    added = (rounded.detach().float() - exact.detach()).square()
+    reckoned = noise.noise_deviation(start.float(), 1e-4, 30).square()
+    assert (added.mean() / reckoned.mean()).item() == pytest.approx(0.975, abs=0.06)
+    small = start.float().abs() < 0.5
+    assert (added[small].mean() / reckoned[small].mean()).item() == pytest.approx(0.91, abs=0.06)
