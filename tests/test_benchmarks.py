@@ -162,6 +162,28 @@ def test_rates_beyond_the_grid_are_a_methods_own():
     assert more not in accuracy.grid("low-memory")
 
 
+def test_methods_are_compared_at_equal_gold_nll_too():
+    """Between 1e-4 and 2e-4, where the low-memory script's gold NLL is 79 and 81: at 79.5 a quarter of the way."""
+    rows = [{"acc": a, "acc_norm": "11", "gold_nll": [nll, nll + 2]} for a, nll in (("10", 78.0), ("11", 80.0))]
+    rates = {rate: 80.0 + abs(k - 3) for k, rate in enumerate(accuracy.GRID)} | {1e-4: 79.0, 2e-4: 81.0}
+    found = as_results(
+        *(result("low-memory", rate, 42, gold_nll, rows=rows[rate > 1e-4]) for rate, gold_nll in rates.items()),
+        result("FP32 Adam, batch 32", 5e-5, 42, 79.5, rows={"acc": "11", "acc_norm": "10", "gold_nll": [79.5, 79.5]}),
+    )
+    assert accuracy.rates_around(found, "low-memory", 79.5) == (1e-4, 2e-4)
+    assert accuracy.rates_around(found, "low-memory", 78.9) is None
+    assert accuracy.rates_around(found, "low-memory", 99.0) is None
+    assert set(accuracy.repeated_rates(found, "low-memory")) == {1e-4, 2e-4}
+    assert list(accuracy.repeated_rates(found, "FP32 Adam, batch 32")) == [5e-5, 5e-5]
+    (mixed,) = accuracy.at_gold_nll(found, "low-memory", 79.5)[1]
+    assert mixed["rows"]["acc"].tolist() == [100, 25]
+    assert mixed["rows"]["gold_nll"].tolist() == [78.5, 80.5]
+    line = list(accuracy.equal_nll_table(found))[2]
+    assert line.startswith("| low-memory | 79.50 | 1e-4 and 2e-4 | 1 | -37.50 ")
+    assert " | +50.00 (" in line
+    assert line.endswith("+0.00 (-1.00 to +1.00) |")
+
+
 @pytest.mark.parametrize(("variable", "cards"), [(None, ["0", "1", "2"]), ("5,7", ["5", "7"]), ("GPU-a", ["GPU-a"])])
 def test_each_run_gets_a_card_that_the_command_may_see(variable, cards, monkeypatch):
     monkeypatch.setattr(accuracy.torch.cuda, "device_count", lambda: len(cards))

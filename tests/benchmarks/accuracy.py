@@ -14,7 +14,7 @@ error, Breiman et al. 1984), which is run with the other seeds for the methods t
 lines, appended as runs end; what they hold is not run again.
 
 The report has means and standard errors over seeds, and differences on the same held-out rows and seeds, with 95 %
-intervals by bootstrap (Efron 1979). Memory and speed come from gpu.py, which runs each method alone on its card.
+intervals by bootstrap (Efron 1979): at each method's own rates, and at equal gold NLL, between two of its rates. Memory and speed come from gpu.py, which runs each method alone on its card.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -51,6 +52,7 @@ CLAIM = [YARDSTICK, "FP32 Adafactor, batch 8", "low-memory", "low-memory, --nost
 # Where rounding to nearest loses most: of a weight as large as its tensor's RMS a step is at first 0.13 to 0.26 % of the
 # distance between bf16 neighbours, which lie 2^-8 to 2^-7 of it apart
 SMALL_RATE = 1e-5
+EQUAL_NLL = ["FP32 Adafactor, batch 8", "low-memory", VECTORS]  # compared with the yardstick at its gold NLL too
 PAIRS = [  # whose difference is printed beside each method's to the yardstick
     ("low-memory", "FP32 Adafactor, batch 8"),
     ("low-memory", "low-memory, --nostround"),
@@ -58,6 +60,7 @@ PAIRS = [  # whose difference is printed beside each method's to the yardstick
     tuple(reversed(CONSTANT)),
     ("low-memory", CONSTANT[1]),
     ("low-memory", VECTORS),
+    (VECTORS, "FP32 Adafactor, batch 8"),
 ]
 AT_SMALL_RATE = ["FP32 Adafactor, batch 8", "low-memory", VECTORS, "low-memory, --nostround"]
 ABLATIONS = {  # name: (script, flags, rates), with the first seed
@@ -111,6 +114,31 @@ def best_rate(results, method, score):
     return min(found, key=lambda rate: found[rate]["gold_nll"], default=None)
 
 
+def seeds_of(results, method, rate):
+    return [r for cell, r in sorted(results.items()) if cell[:2] == (method, rate) and "eval" in r]
+
+
+def mean_nll(runs):
+    return mean(run["eval"][-1]["gold_nll"] for run in runs)
+
+
+def rates_around(results, method, gold_nll):
+    """The two rates next to each other, above that of the lowest gold NLL, with the first seed's NLL around it; or None."""
+    best = best_rate(results, method, "gold_nll")
+    found = {rate: results.get((method, rate, SEEDS[0]), {}) for rate in grid(method) if best and rate >= best}
+    found = {rate: run["eval"][-1]["gold_nll"] for rate, run in found.items() if "eval" in run}
+    return next(((a, b) for a, b in pairwise(found) if found[a] <= gold_nll <= found[b]), None)
+
+
+def repeated_rates(results, method):
+    """Which rates are run with all seeds, once all have run with the first."""
+    rates = [best_rate(results, method, score) for score in (BEST if method in CLAIM else ["gold_nll"])]
+    for score in BEST if method in CLAIM and method in EQUAL_NLL else ():
+        if theirs := seeds_of(results, YARDSTICK, best_rate(results, YARDSTICK, score)):
+            rates += rates_around(results, method, mean_nll(theirs)) or ()
+    return filter(None, rates)
+
+
 def missing_cells(results, methods):
     """The cells of the table that `results` lack, in the order in which they should run."""
     wanted = []
@@ -122,10 +150,9 @@ def missing_cells(results, methods):
         wanted += first
         if method in AT_SMALL_RATE:
             wanted += [(method, SMALL_RATE, seed) for seed in SEEDS]
-        for score in BEST if method in CLAIM else ["gold_nll"]:
-            best = best_rate(results, method, score)
-            if best and all(cell in results for cell in first):
-                wanted += [(method, best, seed) for seed in [*SEEDS, *MORE_SEEDS.get(method, [])]]
+        if all(cell in results for cell in first):
+            seeds = [*SEEDS, *MORE_SEEDS.get(method, [])]
+            wanted += [(method, rate, seed) for rate in repeated_rates(results, method) for seed in seeds]
     return [cell for cell in dict.fromkeys(wanted) if cell not in results]
 
 
@@ -219,13 +246,9 @@ def run_cells(cells_to_run, results, args):
 # The report
 
 
-def seeds_of(results, method, rate):
-    return [r for cell, r in sorted(results.items()) if cell[:2] == (method, rate) and "eval" in r]
-
-
 def by_row(runs, score):
     """[seeds, rows] of a score after the last epoch, accuracies in percent."""
-    if score == "gold_nll":
+    if score == "gold_nll" or not isinstance(runs[0]["rows"][score], str):
         return np.array([run["rows"][score] for run in runs])
     return np.array([[100.0 * (right == "1") for right in run["rows"][score]] for run in runs])
 
@@ -290,6 +313,36 @@ def table(results, speed, score):
         if all(map(best.get, pair)):
             runs = [seeds_of(results, method, best[method]) for method in pair]
             yield f"| {' | '.join([*pair, *difference_cells(*runs)])} |"
+
+
+def at_gold_nll(results, method, gold_nll):
+    """(rates, runs): the method's runs as they would be at a rate at which its gold NLL is this, or None.
+
+    Between the two rates around it each row's scores are taken to be in proportion, as are the means.
+    """
+    rates = rates_around(results, method, gold_nll)
+    if not rates:
+        return None
+    by_seed = [{run["seed"]: run for run in seeds_of(results, method, rate)} for rate in rates]
+    seeds = sorted(set.intersection(*map(set, by_seed)))
+    low, high = ([runs[seed] for seed in seeds] for runs in by_seed)
+    part = (gold_nll - mean_nll(low)) / (mean_nll(high) - mean_nll(low))
+    mixed = {score: (1 - part) * by_row(low, score) + part * by_row(high, score) for score in SCORES}
+    return rates, [{"seed": seed, "rows": {s: mixed[s][k] for s in SCORES}} for k, seed in enumerate(seeds)]
+
+
+def equal_nll_table(results):
+    """Lines of Markdown: differences to the yardstick, at its two rates, where a method has the same gold NLL."""
+    yield f"| at the gold NLL of {YARDSTICK} | NLL | between lr | seeds | acc, points | acc_norm, points | gold NLL |"
+    yield "|---|---|---|---|---|---|---|"
+    for score in BEST:
+        theirs = seeds_of(results, YARDSTICK, best_rate(results, YARDSTICK, score))
+        for method in EQUAL_NLL:
+            if theirs and (found := at_gold_nll(results, method, mean_nll(theirs))):
+                rates, ours = found
+                between = " and ".join(map(as_text, rates))
+                cells = [method, f"{mean_nll(theirs):.2f}", between, *difference_cells(ours, theirs)]
+                yield f"| {' | '.join(cells)} |"
 
 
 def ablation_table(results):
@@ -392,7 +445,8 @@ def main():
         cases = json.loads(args.speed.read_text())["cases"] if args.speed.exists() else []
         speed = {case["case"]: case for case in cases if "failed" not in case}
         tables = [table(results, speed, score) for score in BEST]
-        for lines in [*tables, grid_table(results), small_rate_table(results), ablation_table(results)]:
+        more = [f(results) for f in (equal_nll_table, grid_table, small_rate_table, ablation_table)]
+        for lines in [*tables, *more]:
             print(*lines, "", sep="\n")
         print(f"cells that have not run: {len(missing_cells(results, [*METHODS, *ABLATIONS]))} (best rates may change)")
         plot(results, args.results.with_suffix(".png"))

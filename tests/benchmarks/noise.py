@@ -68,7 +68,9 @@ def main():
         error = stdev(rises[part]) / args.draws**0.5
         print(f"noise in {part}: {mean(rises[part]):+.3f} +- {error:.3f} nats (standard error over {args.draws} draws)")
     settings = {name: getattr(args, name) for name in ("rows", "lr", "steps", "draws")}
-    print(json.dumps({**settings, "gold_nll": before, "rises": rises, "versions": common.versions(torch.device("cpu"))}))
+    print(
+        json.dumps({**settings, "gold_nll": before, "rises": rises, "versions": common.versions(torch.device("cpu"))})
+    )
 
 
 if __name__ == "__main__":
