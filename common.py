@@ -1189,9 +1189,9 @@ def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None, compen
     row [R], col [C]: fp32 running means of g² over columns and rows, updated in place (Shazeer & Stern 2018, eq. 4-6).
     The update g / sqrt(row ⊗ col / mean(row)) is rescaled to the norm lr * max(‖p‖, 1e-3 sqrt(n)), as LARS does (You et
     al. 2017), so that each step moves the tensor by a relative lr. rounding: "stochastic" or "nearest", for bf16 p.
-    compensation [R], of a bf16 vector (C = 1): fp32, what rounding has left out of p so far, updated in place. p + it
-    takes the step, and p is that rounded to nearest, whatever `rounding` says (Kahan summation, for weights: Zamirai et
-    al. 2020). Returns a bool tensor: False where the update is not finite, and then all stay as they were.
+    compensation [R], of a bf16 vector (C = 1): fp32, what rounding has left out of p, updated in place. The step is
+    taken from p + compensation, so that errors never add up (Kahan summation, for weights: Zamirai et al. 2020).
+    Returns a bool tensor: False where the update is not finite, and then all stay as they were.
     """
     (rows, cols), step = p.shape, max(1, BLOCK // p.shape[1])
     blocks = [slice(start, start + step) for start in range(0, rows, step)]
@@ -1222,12 +1222,12 @@ def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None, compen
         moved = torch.where(finite, update(block).mul_(-scale), 0.0).add_(p[block])
         if compensation is not None:
             moved += compensation[block, None]
-            p[block].copy_(moved)
+        rounded = moved
+        if p.dtype == torch.bfloat16 and rounding == "stochastic":
+            rounded = stochastic_round(moved, generator)
+        p[block].copy_(torch.where(finite, rounded, p[block]))
+        if compensation is not None:
             compensation[block] = (moved - p[block])[:, 0]
-        elif p.dtype == torch.bfloat16 and rounding == "stochastic":
-            p[block].copy_(stochastic_round(moved, generator))
-        else:
-            p[block].copy_(moved)
     row.copy_(torch.where(finite, new_row, row))
     col.copy_(torch.where(finite, new_col, col))
     return finite
@@ -1398,14 +1398,14 @@ def _step(
 
 @_kernel
 def _vector_update(
-    p, g, row, col, compensation, skipped, n, lr, beta2_rest, least_norm, tiny,
-    COMPENSATED: tl.constexpr, BLOCK: tl.constexpr,
+    p, g, row, col, compensation, count, skipped, n, lr, beta2_rest, least_norm, tiny, number, seed,
+    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The whole update of a vector, by one program that goes over it twice, for norms and step.
 
     A vector's col is the mean of its row, so that the two cancel in the factors: g / sqrt(row) has the same direction.
     """
-    col_before = tl.load(col)
+    col_before, updates = tl.load(col), tl.load(count) + 1
     g_squares, u_squares = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     p_squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n, BLOCK):
@@ -1421,6 +1421,7 @@ def _vector_update(
     new_col = col_before + beta2_rest * (tl.sum(g_squares) / n + tiny - col_before)
     norm = tl.load(lr) * tl.maximum(tl.sqrt(p_square), least_norm)
     scale = tl.where(u_square > tiny, norm / tl.sqrt(u_square), 0.0)
+    tl.store(count, updates)
     if tl.abs(u_square + p_square + new_col) < float("inf"):
         tl.store(col, new_col)
         for start in range(0, n, BLOCK):
@@ -1429,26 +1430,26 @@ def _vector_update(
             before = tl.load(row + at, mask=at < n, other=1.0)
             new_row = before + beta2_rest * (x_g * x_g + tiny - before)
             x = tl.load(p + at, mask=at < n, other=0.0).to(tl.float32) - x_g * tl.rsqrt(new_row) * scale
-            if COMPENSATED:
-                x += tl.load(compensation + at, mask=at < n, other=0.0)
-                rounded = x.to(p.dtype.element_ty)
-                tl.store(compensation + at, x - rounded.to(tl.float32), mask=at < n)
+            if STOCHASTIC:
+                exact = x + tl.load(compensation + at, mask=at < n, other=0.0)
+                x = _round_up_or_down(exact, _random_words(at, updates, number, seed)[0])
+                tl.store(compensation + at, exact - x, mask=at < n)
             tl.store(p + at, x.to(p.dtype.element_ty), mask=at < n)
             tl.store(row + at, new_row, mask=at < n)
     else:
         tl.store(skipped, tl.load(skipped) + 1)
 
 
-def fused_vector_update(p, g, row, col, lr, beta2, skipped, compensation=None):
+def fused_vector_update(p, g, row, col, lr, beta2, count, number, seed, skipped, compensation):
     """`adafactor_update` of a vector in one kernel; p and g [R, 1] contiguous, fp32 or bf16, on a GPU.
 
-    lr, skipped: as in `fused_adafactor_update`. Without compensation bf16 weights are rounded to nearest.
+    The rest as in `fused_adafactor_update`; compensation [R] fp32, or None where nothing is rounded stochastically.
     """
-    rows, compensated = p.shape[0], compensation is not None
+    rows, stochastic = p.shape[0], compensation is not None
     block, least_norm = min(2**13, triton.next_power_of_2(rows)), 1e-3 * math.sqrt(rows)
     _vector_update[(1,)](
-        p, g, row, col, compensation if compensated else row, skipped, rows, lr, 1 - beta2, least_norm, FLOOR,
-        compensated, block,
+        p, g, row, col, compensation if stochastic else row, count, skipped, rows, lr, 1 - beta2, least_norm, FLOOR,
+        number, seed, stochastic, block,
     )  # fmt: skip
 
 
@@ -1496,11 +1497,11 @@ class Adafactor(torch.optim.Optimizer):
 
     `step()` updates every parameter with a gradient; `update(p)` one of them, for use inside the backward pass. Of more
     than two dimensions, all but the last count as rows. A vector counts as [n, 1], for which the factored mean *is* the
-    unfactored one. With "stochastic" rounding vectors in bf16 are compensated instead: they are few numbers, and noise
-    in a norm's gain does as much harm as noise in each weight that it scales.
-    `fused`: run the update as `fused_adafactor_update`'s kernels; None: on a GPU where Triton is there.
-    `skipped`: int64 tensor on the device, the updates left out because they were not finite. Each group's "lr" becomes
-    an fp32 scalar tensor on the device, so that schedules reach captured graphs: torch's write into it.
+    unfactored one. With "stochastic" rounding bf16 vectors are compensated, so that its noise does not add up in them:
+    they are few numbers, and noise in a norm's gain does as much harm as noise in each weight behind it.
+    `fused`: run the update as Triton kernels; None: on a GPU where Triton is there. `skipped`: int64 tensor on the
+    device, the updates left out because they were not finite. Each group's "lr" becomes an fp32 scalar tensor on the
+    device, so that schedules reach captured graphs: torch's write into it.
     """
 
     def __init__(self, params, lr, beta2=0.99, rounding="stochastic", seed=0, fused=None):
@@ -1523,7 +1524,7 @@ class Adafactor(torch.optim.Optimizer):
         """Forget all state and start the rounding noise anew."""
         for p in self.group_of:
             sizes = dict(zip(("row", "col"), _as_matrix(p).shape, strict=True))
-            if self.is_compensated(p):
+            if self._is_compensated(p):
                 sizes["compensation"] = sizes["row"]
             self.state[p] = {name: p.new_zeros(n, dtype=torch.float32) for name, n in sizes.items()}
             if self.fused:
@@ -1531,7 +1532,7 @@ class Adafactor(torch.optim.Optimizer):
         self.generator.manual_seed(self.seed)
         self.skipped.zero_()
 
-    def is_compensated(self, p):
+    def _is_compensated(self, p):
         is_vector = _as_matrix(p).shape[1] == 1
         return is_vector and p.dtype == torch.bfloat16 and self.group_of[p]["rounding"] == "stochastic"
 
@@ -1542,15 +1543,15 @@ class Adafactor(torch.optim.Optimizer):
             return
         group, state = self.group_of[p], self.state[p]
         args = [_as_matrix(p), _as_matrix(p.grad.contiguous()), state["row"], state["col"], group["lr"], group["beta2"]]
-        compensation = state.get("compensation")
+        rounding, compensation = group["rounding"], state.get("compensation")
         if not self.fused:
-            finite = adafactor_update(*args, group["rounding"], self.generator, compensation)
-            self.skipped += ~finite
-        elif args[0].shape[1] == 1:
-            fused_vector_update(*args, self.skipped, compensation)
+            self.skipped += ~adafactor_update(*args, rounding, self.generator, compensation)
+            return
+        noise = {"count": state["count"], "number": self.number_of[p], "seed": self.seed, "skipped": self.skipped}
+        if args[0].shape[1] == 1:
+            fused_vector_update(*args, **noise, compensation=compensation)
         else:
-            noise = {"count": state["count"], "number": self.number_of[p], "seed": self.seed}
-            fused_adafactor_update(*args, group["rounding"], **noise, skipped=self.skipped)
+            fused_adafactor_update(*args, rounding, **noise)
 
     def step(self, closure=None):
         if closure is not None:

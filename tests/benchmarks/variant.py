@@ -36,7 +36,7 @@ VARIANTS = {  # name: (script, [(file, text, text instead)])
         "finetune_lowmem",
         [
             ("common.py", "is_vector = _as_matrix(p).shape[1] == 1", "is_vector = False"),
-            ("common.py", "elif args[0].shape[1] == 1:", "elif False:"),
+            ("common.py", "if args[0].shape[1] == 1:", "if False:"),
         ],
     ),
     "antithetic": (  # each second update's noise is the complement of the one before: opposite steps undo each other
