@@ -40,7 +40,7 @@ METHODS |= {
     f"{name}, --schedule constant": (gpu.METHODS[name][0], ["--schedule", "constant"])
     for name in ("FP32 Adam, batch 32", "low-memory")
 }
-VECTORS = "low-memory, bf16-vectors"  # as it was before vectors were compensated
+VECTORS = "low-memory, bf16-vectors"  # whose vectors are not compensated, as up to commit e49e0b5
 METHODS[VECTORS] = ("tests/benchmarks/variant", ["bf16-vectors", "--schedule", "linear"])
 GRID = [1e-5, 3e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4]
 WIDER = {"low-memory, --nostround": [1e-3]}  # whose best rate by both scores would be the grid's last

@@ -32,7 +32,7 @@ VARIANTS = {  # name: (script, [(file, text, text instead)])
             ("common.py", "norm / u_square.sqrt()", "norm / u_square.sqrt().clamp(min=math.sqrt(rows * cols))"),
         ],
     ),
-    "bf16-vectors": (  # rounded stochastically as the matrices are, no compensation
+    "bf16-vectors": (  # without compensation, as the matrices
         "finetune_lowmem",
         [
             ("common.py", "is_vector = _as_matrix(p).shape[1] == 1", "is_vector = False"),
