@@ -1219,15 +1219,14 @@ def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None, compen
     scale = torch.where(u_square > FLOOR, lr * norm / u_square.sqrt(), 0.0)
 
     for block in blocks:
-        moved = torch.where(finite, update(block).mul_(-scale), 0.0).add_(p[block])
+        moved = p[block].float() - update(block).mul_(scale)
         if compensation is not None:
             moved += compensation[block, None]
-        rounded = moved
-        if p.dtype == torch.bfloat16 and rounding == "stochastic":
-            rounded = stochastic_round(moved, generator)
+        stochastic = p.dtype == torch.bfloat16 and rounding == "stochastic"
+        rounded = stochastic_round(moved, generator) if stochastic else moved
         p[block].copy_(torch.where(finite, rounded, p[block]))
         if compensation is not None:
-            compensation[block] = (moved - p[block])[:, 0]
+            compensation[block] = torch.where(finite, (moved - rounded)[:, 0], compensation[block])
     row.copy_(torch.where(finite, new_row, row))
     col.copy_(torch.where(finite, new_col, col))
     return finite
@@ -1397,6 +1396,14 @@ def _step(
 
 
 @_kernel
+def _gradient_and_row(g, row, at, n, beta2_rest, tiny):
+    """Of a vector, fp32: the gradient at `at`, 0 beyond n, and its new running mean, there not 0."""
+    x_g = tl.load(g + at, mask=at < n, other=0.0).to(tl.float32)
+    before = tl.load(row + at, mask=at < n, other=1.0)
+    return x_g, before + beta2_rest * (x_g * x_g + tiny - before)
+
+
+@_kernel
 def _vector_update(
     p, g, row, col, compensation, count, skipped, n, lr, beta2_rest, least_norm, tiny, number, seed,
     STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
@@ -1410,10 +1417,9 @@ def _vector_update(
     p_squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        x_g = tl.load(g + at, mask=at < n, other=0.0).to(tl.float32)
+        x_g, new_row = _gradient_and_row(g, row, at, n, beta2_rest, tiny)
         x_p = tl.load(p + at, mask=at < n, other=0.0).to(tl.float32)
-        before = tl.load(row + at, mask=at < n, other=1.0)
-        u = x_g * tl.rsqrt(before + beta2_rest * (x_g * x_g + tiny - before))
+        u = x_g * tl.rsqrt(new_row)
         g_squares += x_g * x_g
         u_squares += u * u
         p_squares += x_p * x_p
@@ -1426,9 +1432,7 @@ def _vector_update(
         tl.store(col, new_col)
         for start in range(0, n, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            x_g = tl.load(g + at, mask=at < n, other=0.0).to(tl.float32)
-            before = tl.load(row + at, mask=at < n, other=1.0)
-            new_row = before + beta2_rest * (x_g * x_g + tiny - before)
+            x_g, new_row = _gradient_and_row(g, row, at, n, beta2_rest, tiny)
             x = tl.load(p + at, mask=at < n, other=0.0).to(tl.float32) - x_g * tl.rsqrt(new_row) * scale
             if STOCHASTIC:
                 exact = x + tl.load(compensation + at, mask=at < n, other=0.0)
@@ -1445,7 +1449,7 @@ def fused_vector_update(p, g, row, col, lr, beta2, count, number, seed, skipped,
 
     The rest as in `fused_adafactor_update`; compensation [R] fp32, or None where nothing is rounded stochastically.
     """
-    rows, stochastic = p.shape[0], compensation is not None
+    rows, stochastic = p.shape[0], compensation is not None  # or else no pointer to it is read
     block, least_norm = min(2**13, triton.next_power_of_2(rows)), 1e-3 * math.sqrt(rows)
     _vector_update[(1,)](
         p, g, row, col, compensation if stochastic else row, count, skipped, rows, lr, 1 - beta2, least_norm, FLOOR,

@@ -14,7 +14,8 @@ error, Breiman et al. 1984), which is run with the other seeds for the methods t
 lines, appended as runs end; what they hold is not run again.
 
 The report has means and standard errors over seeds, and differences on the same held-out rows and seeds, with 95 %
-intervals by bootstrap (Efron 1979): at each method's own rates, and at equal gold NLL, between two of its rates. Memory and speed come from gpu.py, which runs each method alone on its card.
+intervals by bootstrap (Efron 1979): at each method's own rates, and at equal gold NLL, between two of its rates. Memory
+and speed come from gpu.py, which runs each method alone on its card.
 """
 
 import argparse
@@ -102,10 +103,15 @@ def grid(method):
     return [*GRID, *WIDER.get(method, [])]
 
 
+def last_scores(results, method):
+    """{rate: scores after the last epoch} of the method's rates that have run with the first seed."""
+    runs = {rate: results.get((method, rate, SEEDS[0]), {}) for rate in grid(method)}
+    return {rate: run["eval"][-1] for rate, run in runs.items() if "eval" in run}
+
+
 def best_rate(results, method, score):
     """Of the method's rates that have run with the first seed, the best by the score after the last epoch, or None."""
-    found = {rate: results.get((method, rate, SEEDS[0]), {}) for rate in grid(method)}
-    found = {rate: run["eval"][-1] for rate, run in found.items() if "eval" in run}
+    found = last_scores(results, method)
     if found and score == "acc_norm":
         top = max(found.values(), key=lambda last: last["acc_norm"])
         share = top["acc_norm"] / 100
@@ -125,8 +131,7 @@ def mean_nll(runs):
 def rates_around(results, method, gold_nll):
     """The two rates next to each other, above that of the lowest gold NLL, with the first seed's NLL around it; or None."""
     best = best_rate(results, method, "gold_nll")
-    found = {rate: results.get((method, rate, SEEDS[0]), {}) for rate in grid(method) if best and rate >= best}
-    found = {rate: run["eval"][-1]["gold_nll"] for rate, run in found.items() if "eval" in run}
+    found = {rate: last["gold_nll"] for rate, last in last_scores(results, method).items() if rate >= best}
     return next(((a, b) for a, b in pairwise(found) if found[a] <= gold_nll <= found[b]), None)
 
 
@@ -407,8 +412,7 @@ def plot(results, out):
         ax.set(title=title, xlabel="epochs of the demo's 8,021 training rows", ylabel=f"held-out {SCORES[score]}")
         ax.set_xticks(range(4))
     for method in METHODS:
-        runs = [results.get((method, rate, SEEDS[0]), {}) for rate in grid(method)]
-        runs = [run["eval"][-1] for run in runs if "eval" in run]
+        runs = last_scores(results, method).values()
         axes[1, 0].plot(*([run[s] for run in runs] for s in ("gold_nll", "acc_norm")), label=method, **looks[method])
     axes[1, 0].set_xlim(78, 92)
     axes[1, 0].set(title=f"after three epochs, a dot a rate, seed {SEEDS[0]}; above 92 nats left out")

@@ -45,12 +45,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=256, dest="eval_rows")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--steps", type=int, default=3009)
     parser.add_argument("--draws", type=int, default=5)
+    parser.set_defaults(train_rows=None)  # which load_rows asks for too
     args = parser.parse_args()
-    args.train_rows = args.eval_rows = args.rows
     tokenizer, limit = common.load_tokenizer(args.model)
     model = common.load_model(args.model, torch.float32).eval()
     rows = common.evaluation_rows(common.load_rows(args, "validation"), tokenizer, limit)
@@ -67,7 +67,7 @@ def main():
             rises.setdefault(part, []).append(nll_of_right_endings(model, rows, limit) - before)
         error = stdev(rises[part]) / args.draws**0.5
         print(f"noise in {part}: {mean(rises[part]):+.3f} +- {error:.3f} nats (standard error over {args.draws} draws)")
-    settings = {name: getattr(args, name) for name in ("rows", "lr", "steps", "draws")}
+    settings = {"rows": len(rows), "lr": args.lr, "steps": args.steps, "draws": args.draws}
     print(
         json.dumps({**settings, "gold_nll": before, "rises": rises, "versions": common.versions(torch.device("cpu"))})
     )
