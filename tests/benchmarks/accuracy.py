@@ -71,7 +71,8 @@ ABLATIONS = {  # name: (script, flags, rates), with the first seed
         ("low-memory", "cut-cross-entropy", [1e-4]),
         ("low-memory", "clipping", [1e-4, 3e-4]),
         ("low-memory", "beta2", [1e-4, 3e-4]),
-        ("low-memory", "antithetic", [1e-4, 3e-4]),
+        ("low-memory", "antithetic", [1e-4, 2e-4, 3e-4]),
+        ("low-memory", "slow-vectors", [1e-4, 3e-4]),
     ]
 } | {
     f"low-memory, --batch_size {rows}": (

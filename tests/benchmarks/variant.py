@@ -54,6 +54,16 @@ VARIANTS = {  # name: (script, [(file, text, text instead)])
             ),
         ],
     ),
+    "slow-vectors": (  # a tenth of the rate for norms' gains and biases
+        "finetune_lowmem",
+        [
+            (
+                "common.py",
+                "fused_vector_update(*args, **noise",
+                "fused_vector_update(*args[:4], 0.1 * args[4], *args[5:], **noise",
+            )
+        ],
+    ),
     "beta2": ("finetune_lowmem", [("common.py", "beta2=0.99,", "beta2=0.999,")]),
     "fp32-head": (  # the baseline's head and loss in fp32 throughout, where autocast rounds weights and logits to bf16
         "finetune_base",
