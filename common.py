@@ -1161,12 +1161,13 @@ def accuracy(rows, scores):
 # Stochastic rounding and the Adafactor update
 
 
-def stochastic_round(x, generator=None):
+def stochastic_round(x, generator=None, complement=False):
     """Round an fp32 tensor to bf16 without bias: up or down with the probability that makes the mean equal x.
 
     A uniform 16-bit integer is added to the fp32 bit pattern and the low 16 bits are cleared, so that the magnitude
     rounds up with probability (low bits) / 2^16. Exact bf16 values never change; NaN and inf stay what they are.
-    `generator` is a torch.Generator of x's device. Raises TypeError unless x is fp32.
+    `generator` is a torch.Generator of x's device. `complement`: add 2^16 - 1 less that integer, the other half of an
+    antithetic pair (see `Adafactor`). Raises TypeError unless x is fp32.
     """
     if x.dtype != torch.float32:
         raise TypeError(f"stochastic_round takes an fp32 tensor, not {x.dtype}")
@@ -1174,7 +1175,8 @@ def stochastic_round(x, generator=None):
     noise = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(
         -(2**63), None, generator=generator
     )
-    noise = noise.view(torch.int16)[: x.numel()].view(x.shape).int().add_(2**15)
+    noise = noise.view(torch.int16)[: x.numel()].view(x.shape)
+    noise = (noise.bitwise_not_() if complement else noise).int().add_(2**15)
     rounded = noise.add_(x.view(torch.int32)).bitwise_and_(-(2**16)).view(torch.float32)
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)  # NaN + noise could become inf or -0
 
@@ -1183,12 +1185,13 @@ BLOCK = 2**22  # elements: the update's temporaries are fp32 blocks of 16 MiB, n
 FLOOR = 1e-30  # eps1 of the Adafactor paper, added to the squared gradient's means
 
 
-def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None, compensation=None):
+def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None, complement=False, compensation=None):
     """One Adafactor step on weights p [R, C] in place, with gradient g [R, C]; all arithmetic in fp32.
 
     row [R], col [C]: fp32 running means of g² over columns and rows, updated in place (Shazeer & Stern 2018, eq. 4-6).
     The update g / sqrt(row ⊗ col / mean(row)) is rescaled to the norm lr * max(‖p‖, 1e-3 sqrt(n)), as LARS does (You et
-    al. 2017), so that each step moves the tensor by a relative lr. rounding: "stochastic" or "nearest", for bf16 p.
+    al. 2017), so that each step moves the tensor by a relative lr. rounding: "stochastic" or "nearest", for bf16 p;
+    generator and complement are those of `stochastic_round`.
     compensation [R], of a bf16 vector (C = 1): fp32, what rounding has left out of p, updated in place. The step is
     taken from p + compensation, so that errors never add up (Kahan summation, for weights: Zamirai et al. 2020).
     Returns a bool tensor: False where the update is not finite, and then all stay as they were.
@@ -1223,7 +1226,7 @@ def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None, compen
         if compensation is not None:
             moved += compensation[block, None]
         stochastic = p.dtype == torch.bfloat16 and rounding == "stochastic"
-        rounded = stochastic_round(moved, generator) if stochastic else moved
+        rounded = stochastic_round(moved, generator, complement) if stochastic else moved
         p[block].copy_(torch.where(finite, rounded, p[block]))
         if compensation is not None:
             compensation[block] = torch.where(finite, (moved - rounded)[:, 0], compensation[block])
@@ -1351,7 +1354,7 @@ def _random_words(at, count, number, seed):
 
 @_kernel
 def _round_up_or_down(x, noise):
-    """`stochastic_round` of fp32 x, with 16 random bits of `noise`; still fp32."""
+    """`stochastic_round` of fp32 x, with the last 16 bits of `noise`; still fp32."""
     rounded = ((x.to(tl.int32, bitcast=True) + (noise & 0xFFFF).to(tl.int32)) & -65536).to(tl.float32, bitcast=True)
     return tl.where(tl.abs(x) < float("inf"), rounded, x)
 
@@ -1377,9 +1380,10 @@ def _step(
         if i == 0:
             tl.store(col + cols, new_col_here, mask=cols < C)
         col_factor = tl.rsqrt(new_col_here)
-        if STOCHASTIC:  # one draw gives 16 bits to an element of each of the 8 strips
+        if STOCHASTIC:  # one draw gives 16 bits to an element of each of the 8 strips, for two updates
             at = (i * HEIGHT + tl.arange(0, HEIGHT))[:, None] * C + cols[None, :]
-            words = _random_words(at, tl.load(count), number, seed)
+            updates = tl.load(count)
+            words, flipped = _random_words(at, updates // 2, number, seed), 0xFFFF * (updates % 2)
         for strip in tl.static_range(8):
             rows = (i * 8 + strip) * HEIGHT + tl.arange(0, HEIGHT)
             at = rows[:, None].to(tl.int64) * C + cols[None, :]
@@ -1391,7 +1395,7 @@ def _step(
             u = tl.load(g + at, mask=mask, other=0.0).to(tl.float32) * row_factor[:, None] * col_factor[None, :]
             x = tl.load(p + at, mask=mask, other=0.0).to(tl.float32) - u
             if STOCHASTIC:
-                x = _round_up_or_down(x, words[strip // 2] >> (16 * (strip % 2)))
+                x = _round_up_or_down(x, (words[strip // 2] >> (16 * (strip % 2))) ^ flipped)
             tl.store(p + at, x.to(p.dtype.element_ty), mask=mask)
 
 
@@ -1461,8 +1465,8 @@ def fused_adafactor_update(p, g, row, col, lr, beta2, rounding, count, number, s
     """`adafactor_update` of a matrix in four kernels; p and g [R, C] contiguous, fp32 or bf16, on a GPU.
 
     lr: fp32 scalar tensor. count: int32 scalar tensor, the updates of this tensor so far; number: int, which tensor it
-    is; both and `seed` key the rounding noise. skipped: int64 scalar tensor, plus 1 where the update is not finite.
-    Equal inputs give equal bits.
+    is; both and `seed` key the rounding noise, of two updates at a time: the second takes its complement. skipped: int64
+    scalar tensor, plus 1 where the update is not finite. Equal inputs give equal bits.
     """
     (rows, cols), least_norm = p.shape, 1e-3 * math.sqrt(p.numel())
     stochastic = rounding == "stochastic" and p.dtype == torch.bfloat16
@@ -1501,8 +1505,15 @@ class Adafactor(torch.optim.Optimizer):
 
     `step()` updates every parameter with a gradient; `update(p)` one of them, for use inside the backward pass. Of more
     than two dimensions, all but the last count as rows. A vector counts as [n, 1], for which the factored mean *is* the
-    unfactored one. With "stochastic" rounding bf16 vectors are compensated, so that its noise does not add up in them:
-    they are few numbers, and noise in a norm's gain does as much harm as noise in each weight behind it.
+    unfactored one. With "stochastic" rounding
+
+    - bf16 vectors are compensated, so that its noise does not add up in them: they are few numbers, and noise in a
+      norm's gain does as much harm as noise in each weight behind it;
+    - the noise of other bf16 tensors is antithetic (Hammersley & Morton 1956): of a tensor's updates each two in a row
+      draw complements. Each by itself is rounded without bias, but steps of equal size and opposite sign are rounded
+      alike and undo each other: of steps far below an ulp whose signs are random, that halves the variance of what
+      rounding adds up to.
+
     `fused`: run the update as Triton kernels; None: on a GPU where Triton is there. `skipped`: int64 tensor on the
     device, the updates left out because they were not finite. Each group's "lr" becomes an fp32 scalar tensor on the
     device, so that schedules reach captured graphs: torch's write into it.
@@ -1525,15 +1536,13 @@ class Adafactor(torch.optim.Optimizer):
         self.reset()
 
     def reset(self):
-        """Forget all state and start the rounding noise anew."""
+        """Forget all state, and so start the rounding noise anew."""
         for p in self.group_of:
             sizes = dict(zip(("row", "col"), _as_matrix(p).shape, strict=True))
             if self._is_compensated(p):
                 sizes["compensation"] = sizes["row"]
             self.state[p] = {name: p.new_zeros(n, dtype=torch.float32) for name, n in sizes.items()}
-            if self.fused:
-                self.state[p]["count"] = p.new_zeros((), dtype=torch.int32)
-        self.generator.manual_seed(self.seed)
+            self.state[p]["count"] = torch.zeros((), dtype=torch.int32, device=p.device if self.fused else "cpu")
         self.skipped.zero_()
 
     def _is_compensated(self, p):
@@ -1549,7 +1558,11 @@ class Adafactor(torch.optim.Optimizer):
         args = [_as_matrix(p), _as_matrix(p.grad.contiguous()), state["row"], state["col"], group["lr"], group["beta2"]]
         rounding, compensation = group["rounding"], state.get("compensation")
         if not self.fused:
-            self.skipped += ~adafactor_update(*args, rounding, self.generator, compensation)
+            state["count"] += 1
+            count = state["count"].item()
+            draw, complement = divmod(count, 2) if compensation is None else (count, False)
+            self.generator.manual_seed(hash((self.seed, self.number_of[p], draw)))  # of ints, the same in each process
+            self.skipped += ~adafactor_update(*args, rounding, self.generator, complement, compensation)
             return
         noise = {"count": state["count"], "number": self.number_of[p], "seed": self.seed, "skipped": self.skipped}
         if args[0].shape[1] == 1:
@@ -2009,8 +2022,6 @@ def load_checkpoint(folder, trained, optimizer):
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
     optimizer.skipped.copy_(states["skipped"])
-    if isinstance(optimizer, Adafactor) and (name := _rounding_name(optimizer)) in states:
-        optimizer.generator.set_state(states[name])  # a run may go on on another kind of device, with other noise
     state = json.loads((folder / "state.json").read_text())
     kind, numbers, rest = state["python_random"]
     random.setstate((kind, tuple(numbers), rest))
@@ -2021,13 +2032,7 @@ def _random_states(optimizer):
     states = {"torch": torch.get_rng_state(), "skipped": optimizer.skipped}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    if isinstance(optimizer, Adafactor):
-        states[_rounding_name(optimizer)] = optimizer.generator.get_state()
     return states
-
-
-def _rounding_name(optimizer):
-    return f"rounding-{optimizer.generator.device.type}"
 
 
 def _save_shards(folder, prefix, named):

@@ -219,7 +219,7 @@ def test_an_inactive_technique_is_refused(broken, message, monkeypatch):
     finetune_lowmem.update_in_backward(optimizer, chosen)
     broken(model, optimizer)
     if message == "stochastic rounding is off":
-        monkeypatch.setattr(common, "stochastic_round", lambda x, generator=None: x.bfloat16())
+        monkeypatch.setattr(common, "stochastic_round", lambda x, generator=None, complement=False: x.bfloat16())
     if message == "linear cross entropy is off":
         monkeypatch.setattr(
             finetune_lowmem,

@@ -41,8 +41,8 @@ METHODS |= {
     f"{name}, --schedule constant": (gpu.METHODS[name][0], ["--schedule", "constant"])
     for name in ("FP32 Adam, batch 32", "low-memory")
 }
-VECTORS = "low-memory, bf16-vectors"  # whose vectors are not compensated, as up to commit e49e0b5
-METHODS[VECTORS] = ("tests/benchmarks/variant", ["bf16-vectors", "--schedule", "linear"])
+PLAIN = "low-memory, plain-rounding"  # neither antithetic nor compensated, as up to commit e49e0b5
+METHODS[PLAIN] = ("tests/benchmarks/variant", ["plain-rounding", "--schedule", "linear"])
 GRID = [1e-5, 3e-5, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4]
 WIDER = {"low-memory, --nostround": [1e-3]}  # whose best rate by both scores would be the grid's last
 SEEDS = [42, 43, 44]
@@ -53,17 +53,17 @@ CLAIM = [YARDSTICK, "FP32 Adafactor, batch 8", "low-memory", "low-memory, --nost
 # Where rounding to nearest loses most: of a weight as large as its tensor's RMS a step is at first 0.13 to 0.26 % of the
 # distance between bf16 neighbours, which lie 2^-8 to 2^-7 of it apart
 SMALL_RATE = 1e-5
-EQUAL_NLL = ["FP32 Adafactor, batch 8", "low-memory", VECTORS]  # compared with the yardstick at its gold NLL too
+EQUAL_NLL = ["FP32 Adafactor, batch 8", "low-memory", PLAIN]  # compared with the yardstick at its gold NLL too
 PAIRS = [  # whose difference is printed beside each method's to the yardstick
     ("low-memory", "FP32 Adafactor, batch 8"),
     ("low-memory", "low-memory, --nostround"),
     ("low-memory", CONSTANT[0]),
     tuple(reversed(CONSTANT)),
     ("low-memory", CONSTANT[1]),
-    ("low-memory", VECTORS),
-    (VECTORS, "FP32 Adafactor, batch 8"),
+    ("low-memory", PLAIN),
+    (PLAIN, "FP32 Adafactor, batch 8"),
 ]
-AT_SMALL_RATE = ["FP32 Adafactor, batch 8", "low-memory", VECTORS, "low-memory, --nostround"]
+AT_SMALL_RATE = ["FP32 Adafactor, batch 8", "low-memory", PLAIN, "low-memory, --nostround"]
 ABLATIONS = {  # name: (script, flags, rates), with the first seed
     f"{method}, {variant}": ("tests/benchmarks/variant", [variant, *METHODS[method][1]], rates)
     for method, variant, rates in [
@@ -71,7 +71,7 @@ ABLATIONS = {  # name: (script, flags, rates), with the first seed
         ("low-memory", "cut-cross-entropy", [1e-4]),
         ("low-memory", "clipping", [1e-4, 3e-4]),
         ("low-memory", "beta2", [1e-4, 3e-4]),
-        ("low-memory", "antithetic", [1e-4, 2e-4, 3e-4]),
+        ("low-memory", "independent-noise", [1e-4, 2e-4, 3e-4]),
         ("low-memory", "slow-vectors", [1e-4, 3e-4]),
     ]
 } | {
@@ -297,12 +297,12 @@ def table(results, speed, score):
     best = {method: rate for method in METHODS if (rate := best_rate(results, method, score))}
     yield f"| each at its rate of the {BEST[score]} | lr | seeds | {' | '.join(SCORES.values())} | peak, GiB | rows/s |"
     yield "|---|---|---|---|---|---|---|---|"
-    for name, methods in (("FP32", [YARDSTICK]), ("bf16", ["low-memory", VECTORS])):  # the same for each rate
+    for name, methods in (("FP32", [YARDSTICK]), ("bf16", ["low-memory", PLAIN])):  # the same for each rate
         for method in [method for method in methods if method in best][:1]:
             before = seeds_of(results, method, best[method])[0]["eval"][0]
             yield f"| no fine-tuning, {name} weights | | | {' | '.join(f'{before[s]:.2f}' for s in SCORES)} | | |"
     for method, rate in best.items():
-        measured = method.removesuffix(", --schedule constant").removesuffix(", bf16-vectors")  # which cost the same
+        measured = method.removesuffix(", --schedule constant").removesuffix(", plain-rounding")  # which cost the same
         runs, case = seeds_of(results, method, rate), speed.get(f"SmolLM2 not compiled: {measured}")
         scores = [over_seeds([run["eval"][-1][score] for run in runs], 2) for score in SCORES]
         cost = ["not measured"] * 2

@@ -12,6 +12,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+INDEPENDENT_NOISE = [  # of each update
+    (
+        "common.py",
+        "_random_words(at, updates // 2, number, seed), 0xFFFF * (updates % 2)",
+        "_random_words(at, updates, number, seed), 0",
+    )
+]
 VARIANTS = {  # name: (script, [(file, text, text instead)])
     "cut-cross-entropy": (  # cut-cross-entropy 25.1.1, every position's gradient used
         "finetune_lowmem",
@@ -32,26 +39,13 @@ VARIANTS = {  # name: (script, [(file, text, text instead)])
             ("common.py", "norm / u_square.sqrt()", "norm / u_square.sqrt().clamp(min=math.sqrt(rows * cols))"),
         ],
     ),
-    "bf16-vectors": (  # without compensation, as the matrices
+    "independent-noise": ("finetune_lowmem", INDEPENDENT_NOISE),
+    "plain-rounding": (  # nor are vectors compensated
         "finetune_lowmem",
         [
+            *INDEPENDENT_NOISE,
             ("common.py", "is_vector = _as_matrix(p).shape[1] == 1", "is_vector = False"),
             ("common.py", "if args[0].shape[1] == 1:", "if False:"),
-        ],
-    ),
-    "antithetic": (  # each second update's noise is the complement of the one before: opposite steps undo each other
-        "finetune_lowmem",
-        [
-            (
-                "common.py",
-                "words = _random_words(at, tl.load(count), number, seed)",
-                "words = _random_words(at, tl.load(count) // 2, number, seed)",
-            ),
-            (
-                "common.py",
-                "words[strip // 2] >> (16 * (strip % 2))",
-                "(words[strip // 2] >> (16 * (strip % 2))) ^ (0xFFFF * (tl.load(count) % 2))",
-            ),
         ],
     ),
     "slow-vectors": (  # a tenth of the rate for norms' gains and biases
