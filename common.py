@@ -1465,8 +1465,8 @@ def fused_adafactor_update(p, g, row, col, lr, beta2, rounding, count, number, s
     """`adafactor_update` of a matrix in four kernels; p and g [R, C] contiguous, fp32 or bf16, on a GPU.
 
     lr: fp32 scalar tensor. count: int32 scalar tensor, the updates of this tensor so far; number: int, which tensor it
-    is; both and `seed` key the rounding noise, of two updates at a time: the second takes its complement. skipped: int64
-    scalar tensor, plus 1 where the update is not finite. Equal inputs give equal bits.
+    is; both and `seed` key the rounding noise, of two updates at a time: the second has its complement.
+    skipped: int64 scalar tensor, plus 1 where the update is not finite. Equal inputs give equal bits.
     """
     (rows, cols), least_norm = p.shape, 1e-3 * math.sqrt(p.numel())
     stochastic = rounding == "stochastic" and p.dtype == torch.bfloat16

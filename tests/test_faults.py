@@ -360,7 +360,7 @@ FULL = {
         "        shutil.disk_usage = lambda _: types.SimpleNamespace(free=1000)\n"
         "    plain(*args)\n"
         "common.save_checkpoint = save",
-        "error: the disk is too full: a checkpoint takes 1.1 MiB, and 0.0 are free",
+        "error: the disk is too full: a checkpoint takes 1.0 MiB, and 0.0 are free",
     ),
     "full while weights are written": (
         "import common, safetensors; plain = common._save_shards; count = []\n"
