@@ -148,7 +148,8 @@ def test_tables_and_picture_of_results_that_are_not_complete(tmp_path):
     assert "FP32 Adam, batch 8" not in text
     assert "| low-memory | FP32 Adam, batch 32 | 1 | +0.00 (+0.00 to +0.00) |" in text
     found |= as_results(result("low-memory, clipping", 1e-4, 42, rows=rows))
-    assert list(accuracy.ablation_table(found))[2].startswith("| low-memory, clipping | 1e-4 | 1 | +0.00")
+    line = "| low-memory, clipping | low-memory | 1e-4 | 1 | +0.00"
+    assert list(accuracy.equal_rate_table(found))[2].startswith(line)
     pytest.importorskip("matplotlib")
     accuracy.plot(found, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -53,7 +53,7 @@ CLAIM = [YARDSTICK, "FP32 Adafactor, batch 8", "low-memory", "low-memory, --nost
 # Where rounding to nearest loses most: of a weight as large as its tensor's RMS a step is at first 0.13 to 0.26 % of the
 # distance between bf16 neighbours, which lie 2^-8 to 2^-7 of it apart
 SMALL_RATE = 1e-5
-EQUAL_NLL = ["FP32 Adafactor, batch 8", "low-memory", PLAIN]  # compared with the yardstick at its gold NLL too
+EQUAL_NLL = ["FP32 Adafactor, batch 8", "low-memory"]  # compared with the yardstick at its gold NLL too
 PAIRS = [  # whose difference is printed beside each method's to the yardstick
     ("low-memory", "FP32 Adafactor, batch 8"),
     ("low-memory", "low-memory, --nostround"),
@@ -82,6 +82,7 @@ ABLATIONS = {  # name: (script, flags, rates), with the first seed
     )
     for rows in (16, 32)
 }
+ROUNDINGS = [PLAIN, "low-memory, independent-noise", "low-memory"]
 SCORES = {"acc": "acc, %", "acc_norm": "acc_norm, %", "gold_nll": "gold NLL, nats"}
 BEST = {"gold_nll": "lowest gold NLL", "acc_norm": "highest acc_norm within its error"}
 
@@ -351,16 +352,17 @@ def equal_nll_table(results):
                 yield f"| {' | '.join(cells)} |"
 
 
-def ablation_table(results):
-    """Lines of Markdown: each ablation minus its method at the same rate."""
-    yield "| | lr | seeds | acc, points | acc_norm, points | gold NLL, nats |"
-    yield "|---|---|---|---|---|---|"
-    for name, (_, _, rates) in ABLATIONS.items():
-        method = name.rpartition(", ")[0]
+def equal_rate_table(results):
+    """Lines of Markdown: each ablation minus its method at the same rate, and each way of rounding minus FP32."""
+    yield "| at the same rate | minus | lr | seeds | acc, points | acc_norm, points | gold NLL, nats |"
+    yield "|---|---|---|---|---|---|---|"
+    pairs = [((name, name.rpartition(", ")[0]), rates) for name, (_, _, rates) in ABLATIONS.items()]
+    pairs += [((method, "FP32 Adafactor, batch 8"), [1e-4, 2e-4, 3e-4]) for method in ROUNDINGS]
+    for pair, rates in pairs:
         for rate in rates:
-            runs = [seeds_of(results, m, rate) for m in (name, method)]
+            runs = [seeds_of(results, method, rate) for method in pair]
             if all(runs):
-                yield f"| {name} | {' | '.join([as_text(rate), *difference_cells(*runs)])} |"
+                yield f"| {' | '.join([*pair, as_text(rate), *difference_cells(*runs)])} |"
 
 
 def grid_table(results):
@@ -450,7 +452,7 @@ def main():
         cases = json.loads(args.speed.read_text())["cases"] if args.speed.exists() else []
         speed = {case["case"]: case for case in cases if "failed" not in case}
         tables = [table(results, speed, score) for score in BEST]
-        more = [f(results) for f in (equal_nll_table, grid_table, small_rate_table, ablation_table)]
+        more = [f(results) for f in (equal_nll_table, grid_table, small_rate_table, equal_rate_table)]
         for lines in [*tables, *more]:
             print(*lines, "", sep="\n")
         print(f"cells that have not run: {len(missing_cells(results, [*METHODS, *ABLATIONS]))} (best rates may change)")
