@@ -1511,8 +1511,8 @@ class Adafactor(torch.optim.Optimizer):
       norm's gain does as much harm as noise in each weight behind it;
     - the noise of other bf16 tensors is antithetic (Hammersley & Morton 1956): of a tensor's updates each two in a row
       draw complements. Each by itself is rounded without bias, but steps of equal size and opposite sign are rounded
-      alike and undo each other: of steps far below an ulp whose signs are random, that halves the variance of what
-      rounding adds up to.
+      alike and undo each other. Of two steps d, d' far below an ulp, of random signs, that takes E min(|d|, |d'|) from
+      2 E |d|, the variance that rounding adds up to in ulp: half if all are equally large, 29 % if they are Gaussian.
 
     `fused`: run the update as Triton kernels; None: on a GPU where Triton is there. `skipped`: int64 tensor on the
     device, the updates left out because they were not finite. Each group's "lr" becomes an fp32 scalar tensor on the

@@ -260,8 +260,9 @@ def test_what_an_ablation_changes_is_there_to_be_changed(name, tmp_path):
 def test_the_noise_reckoned_is_that_of_the_updates():
     """30 steps of random gradients on 256 x 256 weights: the variance of what rounding added.
 
-    What fp32 weights do with the same gradients is the truth. Of five seeds the ratios are 0.96 to 0.99, and of small
-    weights, with a small ulp, 0.90 to 0.92: a step's variance is |d| (ulp - |d|), a little less than is reckoned.
+    What fp32 weights do with the same gradients is the truth. Reckoned is independent noise, of which antithetic noise
+    leaves sqrt(1/2) in the 14 pairs, 0.73 in all. Of six seeds the ratios are 0.69 to 0.71, and of small weights, with a
+    small ulp, 0.63 to 0.64: a step's variance is |d| (ulp - |d|), a little less than is reckoned.
     """
     torch.manual_seed(0)
     start = torch.randn(256, 256).bfloat16()
@@ -274,6 +275,6 @@ def test_the_noise_reckoned_is_that_of_the_updates():
             optimizer.step()
     added = (rounded.detach().float() - exact.detach()).square()
     reckoned = noise.noise_deviation(start.float(), 1e-4, 30).square()
-    assert (added.mean() / reckoned.mean()).item() == pytest.approx(0.975, abs=0.06)
+    assert (added.mean() / reckoned.mean()).item() == pytest.approx(0.70, abs=0.04)
     small = start.float().abs() < 0.5
-    assert (added[small].mean() / reckoned[small].mean()).item() == pytest.approx(0.91, abs=0.06)
+    assert (added[small].mean() / reckoned[small].mean()).item() == pytest.approx(0.635, abs=0.04)

@@ -3,9 +3,10 @@
     python tests/benchmarks/noise.py --model MODEL_FOLDER --dataset DATASET_FOLDER    # the demo's; ten minutes on a CPU
 
 Adds to each trained weight, in fp32, what its roundings would sum up to over a run of --steps at a rate that falls
-linearly from --lr, and prints how much the right endings' NLL rises on the first --rows held-out rows: of the model as it
-is, so without the training that would make up for some of it. A step d is rounded by one bf16 ulp with probability
-|d| / ulp, so its variance is |d| ulp; steps of random gradients have a mean |d| of sqrt(2 / pi) lr RMS(weights).
+linearly from --lr, if their noise were independent; and prints how much the right endings' NLL rises on the first --rows
+held-out rows: of the model as it is, so without the training that would make up for some of it. A step d is rounded by
+one bf16 ulp with probability |d| / ulp, so its variance is |d| ulp; steps of random gradients have a mean |d| of
+sqrt(2 / pi) lr RMS(weights). The antithetic noise that matrices have now leaves sqrt(1/2) of that variance.
 """
 
 import argparse
