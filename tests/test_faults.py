@@ -897,10 +897,13 @@ SOAK = """
 import gc, json, time
 import psutil, torch
 import common
-plain, seen, times = common.Run.after_step, [], []
+plain, seen, stamps, square = common.Run.after_step, [], [], torch.eye(64)
 def after_step(run, *args):
     plain(run, *args)
-    times.append(time.process_time())
+    ended = time.process_time()
+    for _ in range(100):  # the yardstick: what the same work takes on this machine now
+        square.mm(square).add_(1).mul_(0.5)
+    stamps.append((ended, time.process_time()))
     if run.progress["step"] in (100, 1000):
         gc.collect()
         batch = vars(args[1])  # of another length each time, and so is what autograd still holds of its embeddings
@@ -909,7 +912,8 @@ def after_step(run, *args):
         seen.append([psutil.Process().memory_info().rss, len(tensors), sum(t.nbytes for t in tensors)])
 finish = common.Run.finish
 def finished(run):
-    print("SOAK", json.dumps([seen, [after - before for before, after in zip(times, times[1:])]]))
+    times = [(start - end_before) / (end - start) for (_, end_before), (start, end) in zip(stamps, stamps[1:])]
+    print("SOAK", json.dumps([seen, times]))
     return finish(run)
 common.Run.after_step, common.Run.finish = after_step, finished
 """
@@ -918,7 +922,8 @@ common.Run.after_step, common.Run.finish = after_step, finished
 @every_optimizer
 def test_soak(script, flags, argv, commands, tmp_path):
     """1,000 steps with evaluations and checkpoints among them: tensors as at step 100, host memory within 1 %, and the
-    median CPU time of the last 300 steps within 30 % of that of steps 100 to 400 (seen: 5 %; other programs disturb it).
+    median CPU time of the last 300 steps, each in units of what a fixed piece of work takes beside it, within half of
+    that of steps 100 to 400 (seen: 5 %, on a machine that other programs disturb 21 %).
     """
     folder = tmp_path / "data"
     folder.mkdir()
@@ -934,4 +939,4 @@ def test_soak(script, flags, argv, commands, tmp_path):
     assert rss_end < 1.01 * rss, (rss, rss_end)
     first, last = statistics.median(times[100:400]), statistics.median(times[-300:])
     print(f"host memory {rss_end / rss - 1:+.2%}, CPU time {last / first - 1:+.1%}")
-    assert last < 1.3 * first
+    assert last < 1.5 * first
