@@ -303,8 +303,7 @@ def table(results, speed, score):
             before = seeds_of(results, method, best[method])[0]["eval"][0]
             yield f"| no fine-tuning, {name} weights | | | {' | '.join(f'{before[s]:.2f}' for s in SCORES)} | | |"
     for method, rate in best.items():
-        measured = method.removesuffix(", --schedule constant").removesuffix(", plain-rounding")  # which cost the same
-        runs, case = seeds_of(results, method, rate), speed.get(f"SmolLM2 not compiled: {measured}")
+        runs, case = seeds_of(results, method, rate), speed.get(f"SmolLM2 not compiled: {method}")
         scores = [over_seeds([run["eval"][-1][score] for run in runs], 2) for score in SCORES]
         cost = ["not measured"] * 2
         if case:
