@@ -39,6 +39,33 @@ VARIANTS = {  # name: (script, [(file, text, text instead)])
             ("common.py", "norm / u_square.sqrt()", "norm / u_square.sqrt().clamp(min=math.sqrt(rows * cols))"),
         ],
     ),
+    "clipping-beta2": (  # and the second moment over 1,000 steps, not biased towards 0 when it is compared with 1; GPU only
+        "finetune_lowmem",
+        [
+            ("common.py", "beta2=0.99,", "beta2=0.999,"),
+            (
+                "common.py",
+                """    scale = tl.where(u_square > tiny, norm / tl.sqrt(u_square), 0.0)
+    if (i""",
+                """    seen = 1 - tl.exp(tl.load(count).to(tl.float32) * -0.0010005)
+    scale = tl.where(u_square > tiny, norm / tl.maximum(tl.sqrt(u_square), 1000 * least_norm / tl.sqrt(seen)), 0.0)
+    if (i""",
+            ),
+            (
+                "common.py",
+                """    scale = tl.where(u_square > tiny, norm / tl.sqrt(u_square), 0.0)
+    tl""",
+                """    seen = 1 - tl.exp(updates.to(tl.float32) * -0.0010005)
+    scale = tl.where(u_square > tiny, norm / tl.maximum(tl.sqrt(u_square), 1000 * least_norm / tl.sqrt(seen)), 0.0)
+    tl""",
+            ),
+            (
+                "common.py",
+                "        if not self.fused:",
+                "        if not self.fused:\n            raise NotImplementedError",
+            ),
+        ],
+    ),
     "independent-noise": ("finetune_lowmem", INDEPENDENT_NOISE),
     "plain-rounding": (  # nor are vectors compensated
         "finetune_lowmem",
@@ -59,6 +86,16 @@ VARIANTS = {  # name: (script, [(file, text, text instead)])
         ],
     ),
     "beta2": ("finetune_lowmem", [("common.py", "beta2=0.99,", "beta2=0.999,")]),
+    "no-momentum": (  # Adam with a first moment of one step
+        "finetune_base",
+        [
+            (
+                "finetune_base.py",
+                "common.guarded(torch.optim.Adam)",
+                "common.guarded(lambda params, lr: torch.optim.Adam(params, lr=lr, betas=(0.0, 0.999)))",
+            )
+        ],
+    ),
     "fp32-head": (  # the baseline's head and loss in fp32 throughout, where autocast rounds weights and logits to bf16
         "finetune_base",
         [
