@@ -424,8 +424,8 @@ def plot(results, out):
                 ax.fill_between(range(len(mean)), mean - error, mean + error, alpha=0.2, color=looks[method]["color"])
         ax.set(title=title, xlabel="epochs of the demo's 8,021 training rows", ylabel=f"held-out {SCORES[score]}")
         ax.set_xticks(range(4))
-    axes[0, 0].set_ylim(78.2, 80.2)
-    axes[0, 0].set_title(f"{panels[0][3]}; above 80.2 nats left out")
+    axes[0, 0].set_ylim(78.2, top := 80.2)
+    axes[0, 0].set_title(f"{panels[0][3]}; above {top} nats left out")
     for method in METHODS:
         runs = last_scores(results, method).values()
         axes[1, 0].plot(*([run[s] for run in runs] for s in ("gold_nll", "acc_norm")), label=method, **looks[method])

@@ -5,6 +5,7 @@
 The scripts are copied to a temporary folder, and the change is made in their text.
 """
 
+import math
 import runpy
 import shutil
 import sys
@@ -39,31 +40,23 @@ VARIANTS = {  # name: (script, [(file, text, text instead)])
             ("common.py", "norm / u_square.sqrt()", "norm / u_square.sqrt().clamp(min=math.sqrt(rows * cols))"),
         ],
     ),
-    "clipping-beta2": (  # and the second moment over 1,000 steps, not biased towards 0 when it is compared with 1; GPU only
+    "clipping-beta2": (  # and the second moment over 1,000 steps, its bias towards 0 taken away before it is compared with 1
         "finetune_lowmem",
         [
             ("common.py", "beta2=0.99,", "beta2=0.999,"),
             (
                 "common.py",
-                """    scale = tl.where(u_square > tiny, norm / tl.sqrt(u_square), 0.0)
-    if (i""",
-                """    seen = 1 - tl.exp(tl.load(count).to(tl.float32) * -0.0010005)
-    scale = tl.where(u_square > tiny, norm / tl.maximum(tl.sqrt(u_square), 1000 * least_norm / tl.sqrt(seen)), 0.0)
-    if (i""",
+                "norm / tl.sqrt(u_square)",
+                "norm / tl.maximum(tl.sqrt(u_square), 1000 * least_norm / tl.sqrt(seen))",
             ),
-            (
-                "common.py",
-                """    scale = tl.where(u_square > tiny, norm / tl.sqrt(u_square), 0.0)
-    tl""",
-                """    seen = 1 - tl.exp(updates.to(tl.float32) * -0.0010005)
-    scale = tl.where(u_square > tiny, norm / tl.maximum(tl.sqrt(u_square), 1000 * least_norm / tl.sqrt(seen)), 0.0)
-    tl""",
+            *(
+                ("common.py", totals, f"{totals}\n    seen = 1 - tl.exp({updates}.to(tl.float32) * {math.log(0.999)})")
+                for totals, updates in [
+                    ("u_square, p_square = _total(u_squares, tiles), _total(p_squares, tiles)", "tl.load(count)"),
+                    ("u_square, p_square = tl.sum(u_squares), tl.sum(p_squares)", "updates"),
+                ]
             ),
-            (
-                "common.py",
-                "        if not self.fused:",
-                "        if not self.fused:\n            raise NotImplementedError",
-            ),
+            ("common.py", "if not self.fused:", 'if not self.fused:\n            raise ValueError("for GPUs alone")'),
         ],
     ),
     "independent-noise": ("finetune_lowmem", INDEPENDENT_NOISE),
