@@ -59,6 +59,17 @@ VARIANTS = {  # name: (script, [(file, text, text instead)])
             ("common.py", "if not self.fused:", 'if not self.fused:\n            raise ValueError("for GPUs alone")'),
         ],
     ),
+    "equal-steps": (  # of each tensor the same RMS, the learning rate itself, as with Adam; not in proportion to its weights'
+        "finetune_lowmem",
+        [
+            ("common.py", "tl.maximum(tl.sqrt(p_square), least_norm)", "1000 * least_norm"),
+            (
+                "common.py",
+                "norm = p_square.sqrt().clamp(min=1e-3 * math.sqrt(rows * cols))",
+                "norm = math.sqrt(rows * cols)",
+            ),
+        ],
+    ),
     "independent-noise": ("finetune_lowmem", INDEPENDENT_NOISE),
     "plain-rounding": (  # nor are vectors compensated
         "finetune_lowmem",
