@@ -50,8 +50,10 @@ YARDSTICK = "FP32 Adam, batch 32"
 MORE_SEEDS = {  # of the two whose difference the claim is about, and of ablations, which else run with the first alone
     YARDSTICK: [45, 46],
     "low-memory": [45, 46],
-    "low-memory, equal-steps": [43, 44, 45, 46],
-    "low-memory, clipping": [43, 44, 45, 46],
+    **{
+        f"low-memory, {change}": [43, 44, 45, 46]
+        for change in ("unfactored", "unfactored-equal-steps", "equal-steps", "factored-adam", "clipping")
+    },
     "low-memory, --batch_size 32": [43, 44],
 }
 CONSTANT = [f"{method}, --schedule constant" for method in (YARDSTICK, "low-memory")]
@@ -60,7 +62,8 @@ CONSTANT = [f"{method}, --schedule constant" for method in (YARDSTICK, "low-memo
 SMALL_RATE = 1e-5
 EQUAL_NLL = ["FP32 Adafactor, batch 8", "low-memory"]  # compared with the yardstick at its gold NLL too
 EQUAL_NLL += ["FP32 Adam, batch 8", "FP32 Adam, batch 8, no-momentum", f"{YARDSTICK}, no-momentum"]
-EQUAL_NLL += [f"low-memory, {change}" for change in ("equal-steps", "clipping", "clipping-beta2", "--batch_size 32")]
+EQUAL_NLL += [f"low-memory, {change}" for change in ("unfactored", "unfactored-equal-steps", "equal-steps")]
+EQUAL_NLL += [f"low-memory, {change}" for change in ("factored-adam", "clipping", "clipping-beta2", "--batch_size 32")]
 PAIRS = [  # whose difference is printed beside each method's to the yardstick
     ("low-memory", "FP32 Adafactor, batch 8"),
     ("low-memory", "low-memory, --nostround"),
@@ -79,6 +82,9 @@ ABLATIONS = {  # name: (script, flags, rates), with the first seed
         (YARDSTICK, "no-momentum", [3e-5, 5e-5, 1e-4]),
         ("low-memory", "cut-cross-entropy", [1e-4]),
         ("low-memory", "equal-steps", [1e-5, 3e-5, 5e-5, 1e-4]),
+        ("low-memory", "unfactored", [1e-4, 2e-4, 3e-4]),
+        ("low-memory", "unfactored-equal-steps", [3e-5, 5e-5]),
+        ("low-memory", "factored-adam", [3e-5, 5e-5]),
         ("low-memory", "clipping", [1e-4, 2e-4, 3e-4, 5e-4]),
         ("low-memory", "clipping-beta2", [1e-4, 2e-4, 3e-4, 5e-4]),
         ("low-memory", "beta2", [1e-4, 3e-4]),

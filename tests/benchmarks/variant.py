@@ -20,6 +20,48 @@ INDEPENDENT_NOISE = [  # of each update
         "_random_words(at, updates, number, seed), 0",
     )
 ]
+FOR_GPUS = ("common.py", "if not self.fused:", 'if not self.fused:\n            raise ValueError("for GPUs alone")')
+BETA2_WITHOUT_BIAS = [  # `seen`: what the second moment over 1,000 steps, which starts from 0, has of its whole weight
+    ("common.py", "beta2=0.99,", "beta2=0.999,"),
+    *(
+        ("common.py", totals, f"{totals}\n    seen = 1 - tl.exp({updates}.to(tl.float32) * {math.log(0.999)})")
+        for totals, updates in [
+            ("u_square, p_square = _total(u_squares, tiles), _total(p_squares, tiles)", "tl.load(count)"),
+            ("u_square, p_square = tl.sum(u_squares), tl.sum(p_squares)", "updates"),
+        ]
+    ),
+    FOR_GPUS,
+]
+EQUAL_STEPS = [  # of each tensor the same RMS, the learning rate itself, as with Adam; not in proportion to its weights'
+    ("common.py", "tl.maximum(tl.sqrt(p_square), least_norm)", "1000 * least_norm"),
+    ("common.py", "norm = p_square.sqrt().clamp(min=1e-3 * math.sqrt(rows * cols))", "norm = math.sqrt(rows * cols)"),
+]
+UNFACTORED = [  # a second moment for each weight: what the update takes for the gradient is divided by it beforehand
+    (
+        "common.py",
+        "        self.skipped.zero_()",
+        """            if _as_matrix(p).shape[1] > 1:
+                self.state[p]["square"] = torch.zeros_like(_as_matrix(p), dtype=torch.float32)
+        self.skipped.zero_()""",
+    ),
+    (
+        "common.py",
+        '        rounding, compensation = group["rounding"]',
+        """        if "square" in state:
+            square = state["square"].lerp_(args[1].float().square() + FLOOR, 1 - group["beta2"])
+            args[1] = args[1] * square.rsqrt()
+        rounding, compensation = group["rounding"]""",
+    ),
+    ("common.py", "row_factor = tl.rsqrt(new_row_here / mean_row) * scale", "row_factor = new_row_here * 0 + scale"),
+    ("common.py", "col_factor = tl.rsqrt(new_col_here)", "col_factor = new_col_here * 0 + 1"),
+    ("common.py", "col_factor = tl.rsqrt(tl.load(new_col", "col_factor = 1 + 0 * (tl.load(new_col"),
+    (
+        "common.py",
+        "row_factor = tl.rsqrt(tl.load(new_row + rows, mask=rows < R, other=1.0) / mean_row)",
+        "row_factor = 1 + 0 * tl.load(new_row + rows, mask=rows < R, other=1.0)",
+    ),
+    FOR_GPUS,
+]
 VARIANTS = {  # name: (script, [(file, text, text instead)])
     "cut-cross-entropy": (  # cut-cross-entropy 25.1.1, every position's gradient used
         "finetune_lowmem",
@@ -43,32 +85,20 @@ VARIANTS = {  # name: (script, [(file, text, text instead)])
     "clipping-beta2": (  # and the second moment over 1,000 steps, its bias towards 0 taken away before it is compared with 1
         "finetune_lowmem",
         [
-            ("common.py", "beta2=0.99,", "beta2=0.999,"),
+            *BETA2_WITHOUT_BIAS,
             (
                 "common.py",
                 "norm / tl.sqrt(u_square)",
                 "norm / tl.maximum(tl.sqrt(u_square), 1000 * least_norm / tl.sqrt(seen))",
             ),
-            *(
-                ("common.py", totals, f"{totals}\n    seen = 1 - tl.exp({updates}.to(tl.float32) * {math.log(0.999)})")
-                for totals, updates in [
-                    ("u_square, p_square = _total(u_squares, tiles), _total(p_squares, tiles)", "tl.load(count)"),
-                    ("u_square, p_square = tl.sum(u_squares), tl.sum(p_squares)", "updates"),
-                ]
-            ),
-            ("common.py", "if not self.fused:", 'if not self.fused:\n            raise ValueError("for GPUs alone")'),
         ],
     ),
-    "equal-steps": (  # of each tensor the same RMS, the learning rate itself, as with Adam; not in proportion to its weights'
+    "equal-steps": ("finetune_lowmem", EQUAL_STEPS),
+    "unfactored": ("finetune_lowmem", UNFACTORED),
+    "unfactored-equal-steps": ("finetune_lowmem", EQUAL_STEPS + UNFACTORED),
+    "factored-adam": (  # Adam's steps, but for its first moment and the factored second: no rescaling of any kind
         "finetune_lowmem",
-        [
-            ("common.py", "tl.maximum(tl.sqrt(p_square), least_norm)", "1000 * least_norm"),
-            (
-                "common.py",
-                "norm = p_square.sqrt().clamp(min=1e-3 * math.sqrt(rows * cols))",
-                "norm = math.sqrt(rows * cols)",
-            ),
-        ],
+        [*BETA2_WITHOUT_BIAS, ("common.py", "norm / tl.sqrt(u_square)", "tl.load(lr) * tl.sqrt(seen)")],
     ),
     "independent-noise": ("finetune_lowmem", INDEPENDENT_NOISE),
     "plain-rounding": (  # nor are vectors compensated
