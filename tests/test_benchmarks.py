@@ -45,7 +45,8 @@ def test_the_best_rates_of_the_grid_are_run_with_the_other_seeds():
     diverged = {"method": method, "lr": 1e-5, "seed": 42, "failed": "error: the run has diverged"}
     found |= as_results(diverged)
     wanted = [(method, lr, seed) for lr in (5e-5, 3e-4) for seed in (43, 44)]
-    assert accuracy.missing_cells(found, [method]) == small + wanted
+    closer = [(method, lr, seed) for lr in accuracy.CLOSER[method] for seed in (42, 43, 44)]
+    assert accuracy.missing_cells(found, [method]) == small + wanted + closer
 
 
 def test_every_cell_is_wanted_once():
@@ -183,6 +184,26 @@ def test_methods_are_compared_at_equal_gold_nll_too():
     assert line.startswith("| low-memory | 79.50 | 1e-4 and 2e-4 | 1 | -37.50 ")
     assert " | +50.00 (" in line
     assert line.endswith("+0.00 (-1.00 to +1.00) |")
+
+
+def test_rates_between_the_grids_bring_equal_gold_nll_closer_but_are_nobodys_best():
+    """In the end between 1.25e-4 and 1.5e-4, of gold NLL 79.2 and 79.6: at 79.5 three quarters of the way."""
+    rows = {"acc": "10", "acc_norm": "11", "gold_nll": [78.0, 82.0]}
+    rates = {rate: 80.0 + abs(k - 3) for k, rate in enumerate(accuracy.GRID)} | {1e-4: 79.0, 2e-4: 81.0}
+    grid_alone = as_results(*(result("low-memory", rate, 42, nll, rows=rows) for rate, nll in rates.items()))
+    assert accuracy.rates_around(grid_alone, "low-memory", 79.5) == (1e-4, 2e-4)
+    closer = [(1.25e-4, 79.2, "00"), (1.5e-4, 79.6, "11")]
+    found = grid_alone | as_results(
+        *(result("low-memory", lr, s, nll, 99.0, {**rows, "acc": acc}) for lr, nll, acc in closer for s in (42, 43))
+    )
+    rates, mixed = accuracy.at_gold_nll(found, "low-memory", 79.5)
+    assert rates == (1.25e-4, 1.5e-4)
+    assert [run["seed"] for run in mixed] == [42, 43]
+    assert mixed[0]["rows"]["acc"] == pytest.approx([75, 75])
+    for score in accuracy.BEST:
+        assert accuracy.best_rate(found, "low-memory", score) == accuracy.best_rate(grid_alone, "low-memory", score)
+    assert "| low-memory | 1.25e-4 | 2 | 30.00 ± 0.00 | 99.00 ± 0.00 | 79.20 ± 0.00 |" in accuracy.seeds_table(found)
+    assert len(list(accuracy.seeds_table(grid_alone))) == 2
 
 
 @pytest.mark.parametrize(("variable", "cards"), [(None, ["0", "1", "2"]), ("5,7", ["5", "7"]), ("GPU-a", ["GPU-a"])])
