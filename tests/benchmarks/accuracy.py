@@ -54,8 +54,9 @@ UPDATE_RULES = [  # low-memory with another one
     f"low-memory, {change}"
     for change in ("unfactored", "unfactored-equal-steps", "equal-steps", "factored-adam", "clipping", "clipping-beta2")
 ]
-MORE_SEEDS = {  # of the two whose difference the claim is about, and of ablations, which else run with the first alone
+MORE_SEEDS = {  # of the three that the claims are about, and of ablations, which else run with the first alone
     YARDSTICK: [45, 46],
+    "FP32 Adafactor, batch 8": [45, 46],
     "low-memory": [45, 46],
     **{rule: [43, 44, 45, 46] for rule in UPDATE_RULES},
     **{f"FP32 Adam, batch {rows}, no-momentum": [43, 44] for rows in (8, 32)},
