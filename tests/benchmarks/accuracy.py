@@ -60,6 +60,7 @@ MORE_SEEDS = {  # of the three that the claims are about, and of ablations, whic
     "low-memory": [45, 46],
     **{rule: [43, 44, 45, 46] for rule in UPDATE_RULES},
     **{f"FP32 Adam, batch {rows}, no-momentum": [43, 44] for rows in (8, 32)},
+    "low-memory, master-weights": [43, 44, 45, 46],
     "low-memory, --batch_size 32": [43, 44],
 }
 CONSTANT = [f"{method}, --schedule constant" for method in (YARDSTICK, "low-memory")]
@@ -94,6 +95,7 @@ ABLATIONS = {  # name: (script, flags, rates), with the first seed
         ("low-memory", "clipping-beta2", [1e-4, 2e-4, 3e-4, 5e-4]),
         ("low-memory", "beta2", [1e-4, 3e-4]),
         ("low-memory", "independent-noise", [1e-4, 2e-4, 3e-4]),
+        ("low-memory", "master-weights", [1e-4, 2e-4, 3e-4]),
         ("low-memory", "slow-vectors", [1e-4, 3e-4]),
     ]
 } | {
@@ -109,7 +111,7 @@ COMPARED_WITH = {name: name.rpartition(", ")[0] for name in ABLATIONS} | {  # th
     "low-memory, unfactored-equal-steps": "low-memory, equal-steps",
     "low-memory, factored-adam": "FP32 Adam, batch 8, no-momentum",
 }
-ROUNDINGS = [PLAIN, "low-memory, independent-noise", "low-memory"]
+ROUNDINGS = [PLAIN, "low-memory, independent-noise", "low-memory", "low-memory, master-weights"]
 SCORES = {"acc": "acc, %", "acc_norm": "acc_norm, %", "gold_nll": "gold NLL, nats"}
 BEST = {"gold_nll": "lowest gold NLL", "acc_norm": "highest acc_norm within its error"}
 

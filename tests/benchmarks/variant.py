@@ -62,6 +62,28 @@ UNFACTORED = [  # a second moment for each weight: what the update takes for the
     ),
     FOR_GPUS,
 ]
+MASTER_WEIGHTS = [  # fp32 ones are updated, and rounded to the nearest bf16 for the model: nothing is lost or drawn
+    ("common.py", "is_vector = _as_matrix(p).shape[1] == 1", "is_vector = False"),
+    (
+        "common.py",
+        "        self.skipped.zero_()",
+        """            self.state[p]["master"] = _as_matrix(p.detach()).float()
+        self.skipped.zero_()""",
+    ),
+    (
+        "common.py",
+        '        rounding, compensation = group["rounding"]',
+        """        args[0] = state["master"]
+        rounding, compensation = group["rounding"]""",
+    ),
+    (
+        "common.py",
+        "            fused_adafactor_update(*args, rounding, **noise)",
+        """            fused_adafactor_update(*args, rounding, **noise)
+        p.copy_(args[0].view_as(p))""",
+    ),
+    FOR_GPUS,
+]
 VARIANTS = {  # name: (script, [(file, text, text instead)])
     "cut-cross-entropy": (  # cut-cross-entropy 25.1.1, every position's gradient used
         "finetune_lowmem",
@@ -100,6 +122,7 @@ VARIANTS = {  # name: (script, [(file, text, text instead)])
         "finetune_lowmem",
         [*BETA2_WITHOUT_BIAS, ("common.py", "norm / tl.sqrt(u_square)", "tl.load(lr) * tl.sqrt(seen)")],
     ),
+    "master-weights": ("finetune_lowmem", MASTER_WEIGHTS),
     "independent-noise": ("finetune_lowmem", INDEPENDENT_NOISE),
     "plain-rounding": (  # nor are vectors compensated
         "finetune_lowmem",
