@@ -95,7 +95,7 @@ ABLATIONS = {  # name: (script, flags, rates), with the first seed
         ("low-memory", "clipping-beta2", [1e-4, 2e-4, 3e-4, 5e-4]),
         ("low-memory", "beta2", [1e-4, 3e-4]),
         ("low-memory", "independent-noise", [1e-4, 2e-4, 3e-4]),
-        ("low-memory", "master-weights", [1e-4, 2e-4, 3e-4]),
+        ("low-memory", "master-weights", [1e-4, 3e-4]),
         ("low-memory", "slow-vectors", [1e-4, 3e-4]),
     ]
 } | {
