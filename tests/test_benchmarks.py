@@ -178,7 +178,7 @@ def test_methods_are_compared_at_equal_gold_nll_too():
     assert accuracy.rates_around(found, "low-memory", 99.0) is None
     assert set(accuracy.repeated_rates(found, "low-memory")) == {1e-4, 2e-4}
     assert list(accuracy.repeated_rates(found, "FP32 Adam, batch 32")) == [5e-5, 5e-5]
-    (mixed,) = accuracy.at_gold_nll(found, "low-memory", 79.5)[1]
+    (mixed,) = accuracy.at_gold_nll(found, "low-memory", 79.5, (1e-4, 2e-4))
     assert mixed["rows"]["acc"].tolist() == [100, 25]
     assert mixed["rows"]["gold_nll"].tolist() == [78.5, 80.5]
     line = list(accuracy.equal_nll_table(found))[2]
@@ -192,19 +192,22 @@ def test_rates_between_the_grids_bring_equal_gold_nll_closer_but_are_nobodys_bes
     rows = {"acc": "10", "acc_norm": "11", "gold_nll": [78.0, 82.0]}
     rates = {rate: 80.0 + abs(k - 3) for k, rate in enumerate(accuracy.GRID)} | {1e-4: 79.0, 2e-4: 81.0}
     grid_alone = as_results(*(result("low-memory", rate, 42, nll, rows=rows) for rate, nll in rates.items()))
-    assert accuracy.rates_around(grid_alone, "low-memory", 79.5) == (1e-4, 2e-4)
     closer = [(1.25e-4, 79.2, "00"), (1.5e-4, 79.6, "11")]
     found = grid_alone | as_results(
         *(result("low-memory", lr, s, nll, 99.0, {**rows, "acc": acc}) for lr, nll, acc in closer for s in (42, 43))
     )
-    rates, mixed = accuracy.at_gold_nll(found, "low-memory", 79.5)
-    assert rates == (1.25e-4, 1.5e-4)
+    assert accuracy.rates_around(found, "low-memory", 79.5) == (1e-4, 2e-4)
+    assert accuracy.rates_around(found, "low-memory", 79.5, accuracy.CLOSER["low-memory"]) == (1.25e-4, 1.5e-4)
+    mixed = accuracy.at_gold_nll(found, "low-memory", 79.5, (1.25e-4, 1.5e-4))
     assert [run["seed"] for run in mixed] == [42, 43]
     assert mixed[0]["rows"]["acc"] == pytest.approx([75, 75])
     for score in accuracy.BEST:
         assert accuracy.best_rate(found, "low-memory", score) == accuracy.best_rate(grid_alone, "low-memory", score)
     assert "| low-memory | 1.25e-4 | 2 | 30.00 ± 0.00 | 99.00 ± 0.00 | 79.20 ± 0.00 |" in accuracy.seeds_table(found)
     assert len(list(accuracy.seeds_table(grid_alone))) == 2
+    found |= as_results(result(accuracy.YARDSTICK, 5e-5, 42, 79.5, rows=rows))
+    between = [line.split(" | ")[2] for line in list(accuracy.equal_nll_table(found))[2:]]
+    assert between == ["1e-4 and 2e-4", "1.25e-4 and 1.5e-4"] * len(accuracy.BEST)
 
 
 @pytest.mark.parametrize(("variable", "cards"), [(None, ["0", "1", "2"]), ("5,7", ["5", "7"]), ("GPU-a", ["GPU-a"])])

@@ -60,7 +60,7 @@ MORE_SEEDS = {  # of the three that the claims are about, and of ablations, whic
     "low-memory": [45, 46],
     **{rule: [43, 44, 45, 46] for rule in UPDATE_RULES},
     **{f"FP32 Adam, batch {rows}, no-momentum": [43, 44] for rows in (8, 32)},
-    "low-memory, master-weights": [43, 44, 45, 46],
+    "low-memory, master-weights": [43, 44, 45],
     "low-memory, --batch_size 32": [43, 44],
 }
 CONSTANT = [f"{method}, --schedule constant" for method in (YARDSTICK, "low-memory")]
@@ -159,10 +159,13 @@ def mean_nll(runs):
     return mean(run["eval"][-1]["gold_nll"] for run in runs)
 
 
-def rates_around(results, method, gold_nll):
-    """The two rates next to each other, above that of the lowest gold NLL, with the first seed's NLL around it; or None."""
+def rates_around(results, method, gold_nll, closer=()):
+    """The two rates next to each other, above that of the lowest gold NLL, with the first seed's NLL around it; or None.
+
+    closer: rates beside those of the grid.
+    """
     best = best_rate(results, method, "gold_nll")
-    rates = sorted(rate for rate in [*grid(method), *CLOSER.get(method, [])] if rate >= (best or 0))
+    rates = sorted(rate for rate in [*grid(method), *closer] if rate >= (best or 0))
     found = {rate: last["gold_nll"] for rate, last in last_scores(results, method, rates).items()}
     return next(((a, b) for a, b in pairwise(found) if found[a] <= gold_nll <= found[b]), None)
 
@@ -354,33 +357,34 @@ def table(results, speed, score):
             yield f"| {' | '.join([*pair, *difference_cells(*runs)])} |"
 
 
-def at_gold_nll(results, method, gold_nll):
-    """(rates, runs): the method's runs as they would be at a rate at which its gold NLL is this, or None.
+def at_gold_nll(results, method, gold_nll, rates):
+    """The method's runs as they would be at a rate at which its gold NLL is this, between two rates around it.
 
-    Between the two rates around it each row's scores are taken to be in proportion, as are the means.
+    Between the two each row's scores are taken to be in proportion, as are the means.
     """
-    rates = rates_around(results, method, gold_nll)
-    if not rates:
-        return None
     by_seed = [{run["seed"]: run for run in seeds_of(results, method, rate)} for rate in rates]
     seeds = sorted(set.intersection(*map(set, by_seed)))
     low, high = ([runs[seed] for seed in seeds] for runs in by_seed)
     part = (gold_nll - mean_nll(low)) / (mean_nll(high) - mean_nll(low))
     mixed = {score: (1 - part) * by_row(low, score) + part * by_row(high, score) for score in SCORES}
-    return rates, [{"seed": seed, "rows": {s: mixed[s][k] for s in SCORES}} for k, seed in enumerate(seeds)]
+    return [{"seed": seed, "rows": {s: mixed[s][k] for s in SCORES}} for k, seed in enumerate(seeds)]
 
 
 def equal_nll_table(results):
-    """Lines of Markdown: differences to the yardstick, at its two rates, where a method has the same gold NLL."""
+    """Lines of Markdown: differences to the yardstick, at its two rates, where a method has the same gold NLL.
+
+    Between rates of the grid, as for all methods, and between closer ones where there are any.
+    """
     yield f"| at the gold NLL of {YARDSTICK} | NLL | between lr | seeds | acc, points | acc_norm, points | gold NLL |"
     yield "|---|---|---|---|---|---|---|"
     for score in BEST:
         theirs = seeds_of(results, YARDSTICK, best_rate(results, YARDSTICK, score))
-        for method in EQUAL_NLL:
-            if theirs and (found := at_gold_nll(results, method, mean_nll(theirs))):
-                rates, ours = found
-                between = " and ".join(map(as_text, rates))
-                cells = [method, f"{mean_nll(theirs):.2f}", between, *difference_cells(ours, theirs)]
+        for method in EQUAL_NLL if theirs else ():
+            gold_nll = mean_nll(theirs)
+            pairs = [rates_around(results, method, gold_nll, closer) for closer in ([], CLOSER.get(method, []))]
+            for rates in filter(None, dict.fromkeys(pairs)):
+                ours = at_gold_nll(results, method, gold_nll, rates)
+                cells = [method, f"{gold_nll:.2f}", " and ".join(map(as_text, rates)), *difference_cells(ours, theirs)]
                 yield f"| {' | '.join(cells)} |"
 
 
@@ -401,7 +405,8 @@ def equal_rate_table(results):
     yield "| at the same rate | minus | lr | seeds | acc, points | acc_norm, points | gold NLL, nats |"
     yield "|---|---|---|---|---|---|---|"
     pairs = [((name, COMPARED_WITH[name]), rates) for name, (_, _, rates) in ABLATIONS.items()]
-    pairs += [((method, "FP32 Adafactor, batch 8"), [1e-4, 2e-4, 3e-4]) for method in ROUNDINGS]
+    rates = sorted([1e-4, 2e-4, 3e-4, *CLOSER["FP32 Adafactor, batch 8"]])
+    pairs += [((method, "FP32 Adafactor, batch 8"), rates) for method in ROUNDINGS]
     for pair, rates in pairs:
         for rate in rates:
             runs = [seeds_of(results, method, rate) for method in pair]
