@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -54,24 +54,30 @@ UPDATE_RULES = [  # low-memory with another one
     f"low-memory, {change}"
     for change in ("unfactored", "unfactored-equal-steps", "equal-steps", "factored-adam", "clipping", "clipping-beta2")
 ]
-MORE_SEEDS = {  # of the three that the claims are about, and of ablations, which else run with the first alone
+MORE_SEEDS = {  # beyond SEEDS, or of an ablation beyond the first of them
     YARDSTICK: [45, 46],
     "FP32 Adafactor, batch 8": [45, 46],
     "low-memory": [45, 46],
     **{rule: [43, 44, 45, 46] for rule in UPDATE_RULES},
-    **{f"FP32 Adam, batch {rows}, no-momentum": [43, 44] for rows in (8, 32)},
+    PLAIN: [45, 46],
+    "low-memory, independent-noise": [43, 44, 45, 46],
     "low-memory, master-weights": [43, 44, 45],
+    **{f"FP32 Adam, batch {rows}, no-momentum": [43, 44] for rows in (8, 32)},
     "low-memory, --batch_size 32": [43, 44],
 }
 CONSTANT = [f"{method}, --schedule constant" for method in (YARDSTICK, "low-memory")]
 # Where rounding to nearest loses most: of a weight as large as its tensor's RMS a step is at first 0.13 to 0.26 % of the
 # distance between bf16 neighbours, which lie 2^-8 to 2^-7 of it apart
 SMALL_RATE = 1e-5
-EQUAL_NLL = ["FP32 Adafactor, batch 8", "low-memory"]  # compared with the yardstick at its gold NLL too
-EQUAL_NLL += ["FP32 Adam, batch 8", "FP32 Adam, batch 8, no-momentum", f"{YARDSTICK}, no-momentum"]
-EQUAL_NLL += [*UPDATE_RULES, "low-memory, --batch_size 32"]
+EQUAL_NLL = [  # the first is compared with the second at the second's gold NLL too
+    *((method, YARDSTICK) for method in ("FP32 Adafactor, batch 8", "low-memory", "FP32 Adam, batch 8")),
+    *((f"FP32 Adam, batch {rows}, no-momentum", YARDSTICK) for rows in (8, 32)),
+    *((rule, YARDSTICK) for rule in [*UPDATE_RULES, "low-memory, --batch_size 32"]),
+    ("low-memory", "FP32 Adam, batch 8"),
+]
 PAIRS = [  # whose difference is printed beside each method's to the yardstick
     ("low-memory", "FP32 Adafactor, batch 8"),
+    ("low-memory", "FP32 Adam, batch 8"),
     ("low-memory", "low-memory, --nostround"),
     ("low-memory", CONSTANT[0]),
     tuple(reversed(CONSTANT)),
@@ -80,7 +86,7 @@ PAIRS = [  # whose difference is printed beside each method's to the yardstick
     (PLAIN, "FP32 Adafactor, batch 8"),
 ]
 AT_SMALL_RATE = ["FP32 Adafactor, batch 8", "low-memory", PLAIN, "low-memory, --nostround"]
-ABLATIONS = {  # name: (script, flags, rates), with the first seed
+ABLATIONS = {  # name: (script, flags, rates), with the first seed and those of MORE_SEEDS
     f"{method}, {variant}": ("tests/benchmarks/variant", [variant, *METHODS[method][1]], rates)
     for method, variant, rates in [
         ("FP32 Adafactor, batch 8", "fp32-head", [SMALL_RATE, 1e-4]),
@@ -160,21 +166,21 @@ def mean_nll(runs):
 
 
 def rates_around(results, method, gold_nll, closer=()):
-    """The two rates next to each other, above that of the lowest gold NLL, with the first seed's NLL around it; or None.
+    """The two rates next to each other, above that of the lowest gold NLL, between whose NLLs it is; or None.
 
-    closer: rates beside those of the grid.
+    closer: more rates to consider than the grid's.
     """
     best = best_rate(results, method, "gold_nll")
     rates = sorted(rate for rate in [*grid(method), *closer] if rate >= (best or 0))
-    found = {rate: last["gold_nll"] for rate, last in last_scores(results, method, rates).items()}
+    found = {rate: mean_nll(seeds_of(results, method, rate)) for rate in last_scores(results, method, rates)}
     return next(((a, b) for a, b in pairwise(found) if found[a] <= gold_nll <= found[b]), None)
 
 
 def repeated_rates(results, method):
     """Which rates are run with all seeds, once all have run with the first."""
     rates = [best_rate(results, method, score) for score in BEST]
-    for score in BEST if method in EQUAL_NLL else ():
-        if theirs := seeds_of(results, YARDSTICK, best_rate(results, YARDSTICK, score)):
+    for score, (first, second) in product(BEST, EQUAL_NLL):
+        if first == method and (theirs := seeds_of(results, second, best_rate(results, second, score))):
             rates += rates_around(results, method, mean_nll(theirs)) or ()
     return filter(None, rates)
 
@@ -357,35 +363,41 @@ def table(results, speed, score):
             yield f"| {' | '.join([*pair, *difference_cells(*runs)])} |"
 
 
-def at_gold_nll(results, method, gold_nll, rates):
-    """The method's runs as they would be at a rate at which its gold NLL is this, between two rates around it.
+def at_gold_nll(results, method, rates, theirs):
+    """The method's runs as they would be at a rate between two at which its mean gold NLL is theirs; of common seeds.
 
-    Between the two each row's scores are taken to be in proportion, as are the means.
+    Each row's scores are interpolated in a straight line in the mean NLL.
     """
-    by_seed = [{run["seed"]: run for run in seeds_of(results, method, rate)} for rate in rates]
+    by_seed = [{run["seed"]: run for run in runs} for runs in (*(seeds_of(results, method, r) for r in rates), theirs)]
     seeds = sorted(set.intersection(*map(set, by_seed)))
-    low, high = ([runs[seed] for seed in seeds] for runs in by_seed)
-    part = (gold_nll - mean_nll(low)) / (mean_nll(high) - mean_nll(low))
+    low, high, theirs = ([runs[seed] for seed in seeds] for runs in by_seed)
+    low_nll, high_nll, gold_nll = (by_row(runs, "gold_nll").mean() for runs in (low, high, theirs))
+    part = (gold_nll - low_nll) / (high_nll - low_nll)
     mixed = {score: (1 - part) * by_row(low, score) + part * by_row(high, score) for score in SCORES}
     return [{"seed": seed, "rows": {s: mixed[s][k] for s in SCORES}} for k, seed in enumerate(seeds)]
 
 
 def equal_nll_table(results):
-    """Lines of Markdown: differences to the yardstick, at its two rates, where a method has the same gold NLL.
+    """Lines of Markdown: differences to another method, at its two rates, where a method has the same gold NLL.
 
-    Between rates of the grid, as for all methods, and between closer ones where there are any.
+    Between rates of the grid, as for all methods, and between closer ones where there are any. Ablations of the
+    low-memory script are compared with it too, both between rates of the grid.
     """
-    yield f"| at the gold NLL of {YARDSTICK} | NLL | between lr | seeds | acc, points | acc_norm, points | gold NLL |"
-    yield "|---|---|---|---|---|---|---|"
-    for score in BEST:
-        theirs = seeds_of(results, YARDSTICK, best_rate(results, YARDSTICK, score))
-        for method in EQUAL_NLL if theirs else ():
-            gold_nll = mean_nll(theirs)
-            pairs = [rates_around(results, method, gold_nll, closer) for closer in ([], CLOSER.get(method, []))]
-            for rates in filter(None, dict.fromkeys(pairs)):
-                ours = at_gold_nll(results, method, gold_nll, rates)
-                cells = [method, f"{gold_nll:.2f}", " and ".join(map(as_text, rates)), *difference_cells(ours, theirs)]
-                yield f"| {' | '.join(cells)} |"
+    yield "| at the same gold NLL | minus | NLL | between lr | seeds | acc, points | acc_norm, points | gold NLL |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for score, (method, other) in product(BEST, EQUAL_NLL):
+        if not (theirs := seeds_of(results, other, best_rate(results, other, score))):
+            continue
+        gold_nll = mean_nll(theirs)
+        pairs = [rates_around(results, method, gold_nll, closer) for closer in ([], CLOSER.get(method, []))]
+        for rates in filter(None, dict.fromkeys(pairs)):
+            ours = at_gold_nll(results, method, rates, theirs)
+            between = [f"{gold_nll:.2f}", " and ".join(map(as_text, rates))]
+            yield f"| {' | '.join([method, other, *between, *difference_cells(ours, theirs)])} |"
+            unchanged = rates_around(results, "low-memory", gold_nll)
+            if method.startswith("low-memory, ") and unchanged:
+                cells = difference_cells(ours, at_gold_nll(results, "low-memory", unchanged, ours))
+                yield f"| {' | '.join([method, 'low-memory', *between, *cells])} |"
 
 
 def seeds_table(results):
@@ -405,8 +417,9 @@ def equal_rate_table(results):
     yield "| at the same rate | minus | lr | seeds | acc, points | acc_norm, points | gold NLL, nats |"
     yield "|---|---|---|---|---|---|---|"
     pairs = [((name, COMPARED_WITH[name]), rates) for name, (_, _, rates) in ABLATIONS.items()]
-    rates = sorted([1e-4, 2e-4, 3e-4, *CLOSER["FP32 Adafactor, batch 8"]])
-    pairs += [((method, "FP32 Adafactor, batch 8"), rates) for method in ROUNDINGS]
+    pairs += [(("low-memory, independent-noise", PLAIN), [1e-4, 3e-4])]
+    all_rates = sorted([1e-4, 2e-4, 3e-4, *CLOSER["FP32 Adafactor, batch 8"]])
+    pairs += [((method, "FP32 Adafactor, batch 8"), all_rates) for method in ROUNDINGS]
     for pair, rates in pairs:
         for rate in rates:
             runs = [seeds_of(results, method, rate) for method in pair]

@@ -62,7 +62,7 @@ UNFACTORED = [  # a second moment for each weight: what the update takes for the
     ),
     FOR_GPUS,
 ]
-MASTER_WEIGHTS = [  # fp32 ones are updated, and rounded to the nearest bf16 for the model: nothing is lost or drawn
+MASTER_WEIGHTS = [  # fp32 ones are updated, and rounded to the nearest bf16 for the model: no step is lost, none random
     ("common.py", "is_vector = _as_matrix(p).shape[1] == 1", "is_vector = False"),
     (
         "common.py",
@@ -82,7 +82,7 @@ MASTER_WEIGHTS = [  # fp32 ones are updated, and rounded to the nearest bf16 for
         """            fused_adafactor_update(*args, rounding, **noise)
         p.copy_(args[0].view_as(p))""",
     ),
-    # or else it refuses to train
+    # the start-up check would find that stochastic rounding is off
     ("finetune_lowmem.py", "if rounds_stochastically(optimizer, loss.device) != (", "if False and ("),
     FOR_GPUS,
 ]
