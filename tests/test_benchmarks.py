@@ -153,7 +153,6 @@ def test_tables_and_picture_of_results_that_are_not_complete(tmp_path):
     found |= as_results(result("low-memory, clipping", 1e-4, 42, rows=rows))
     line = "| low-memory, clipping | low-memory | 1e-4 | 1 | +0.00"
     assert list(accuracy.equal_rate_table(found))[2].startswith(line)
-    pytest.importorskip("matplotlib")
     accuracy.plot(found, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
@@ -304,6 +303,13 @@ def test_what_an_ablation_changes_is_there_to_be_changed(name, tmp_path):
     assert set(changed) == {file for file, *_ in variant.VARIANTS[name][1]}
     for file in [*changed, f"{script}.py"]:
         compile((tmp_path / file).read_text(), file, "exec")
+
+
+def test_an_unknown_ablation_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["variant.py", "nope", "--run-name", "x"])
+    with pytest.raises(SystemExit, match="2"):
+        variant.main()
+    assert "invalid choice: 'nope'" in capsys.readouterr().err
 
 
 def fp64_steps(name, weights, gradients, lr):

@@ -1,6 +1,5 @@
 """The README's pictures: memory on the card against speed, from gpu.py's and peers.py's results.
 
-pip install matplotlib
 python tests/benchmarks/plot.py --gpu gpu.json --peers peers.json --shape 1B --out methods.png   # a point a method
 python tests/benchmarks/plot.py --gpu gpu.json --shape 8B --out budgets.png                      # --memory_budget
 """

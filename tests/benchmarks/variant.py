@@ -5,6 +5,7 @@
 The scripts are copied to a temporary folder, and the change is made in their text.
 """
 
+import argparse
 import math
 import runpy
 import shutil
@@ -187,7 +188,10 @@ def make(name, folder):
     return script
 
 
-def main(name, *argv):
+def main():
+    parser = argparse.ArgumentParser(usage="variant.py NAME --run-name X ...")
+    parser.add_argument("name", choices=VARIANTS, metavar="NAME")
+    name, argv = parser.parse_args(sys.argv[1:2]).name, sys.argv[2:]
     with tempfile.TemporaryDirectory() as folder:
         script = make(name, folder)
         sys.path[:0] = [folder, str(Path(__file__).parent)]
@@ -196,4 +200,4 @@ def main(name, *argv):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
