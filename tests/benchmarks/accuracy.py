@@ -394,8 +394,7 @@ def equal_nll_table(results):
             ours = at_gold_nll(results, method, rates, theirs)
             between = [f"{gold_nll:.2f}", " and ".join(map(as_text, rates))]
             yield f"| {' | '.join([method, other, *between, *difference_cells(ours, theirs)])} |"
-            unchanged = rates_around(results, "low-memory", gold_nll)
-            if method.startswith("low-memory, ") and unchanged:
+            if method.startswith("low-memory, ") and (unchanged := rates_around(results, "low-memory", gold_nll)):
                 cells = difference_cells(ours, at_gold_nll(results, "low-memory", unchanged, ours))
                 yield f"| {' | '.join([method, 'low-memory', *between, *cells])} |"
 
