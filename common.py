@@ -1,14 +1,15 @@
 """What finetune_base.py and finetune_lowmem.py share, because it must be equal in both.
 
-In this order: errors and arguments; the model and its head; HellaSwag as lm-evaluation-harness scores it; batches;
-evaluation; stochastic rounding and the Adafactor update, in PyTorch; that update as Triton kernels; optimizers;
-learning rates; memory; checkpoints; the run; the demo's files. Each part has its heading between rules.
+In this order: errors and arguments; several GPUs; the model and its head; HellaSwag as lm-evaluation-harness scores
+it; batches; evaluation; stochastic rounding and the Adafactor update, in PyTorch; that update as Triton kernels;
+optimizers; learning rates; memory; checkpoints; the run; the demo's files. Each part has its heading between rules.
 """
 
 import argparse
 import ctypes
 import errno
 import fcntl
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -26,17 +27,21 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
+import warnings
 import weakref
 import zipfile
 from array import array
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -74,7 +79,9 @@ class Ending:
     checkpoint included, is never cut in two. A second one, later than `ONCE`, ends the process on the spot.
     """
 
-    ONCE = 0.5  # seconds: `timeout` sends its signal to the process and to its group, which is not asking twice
+    # seconds: `timeout` sends its signal to the process and to its group, and torchrun again what Ctrl-C sent to all,
+    # which is not asking twice
+    ONCE = 0.5 if int(os.environ.get("WORLD_SIZE", "1")) == 1 else 5
     signal, waits = None, False
     go_on, save_memory = "start the same command again", "a smaller --batch_size"
 
@@ -135,20 +142,32 @@ def run_command(main):
     threading.excepthook = _say_nothing_of_os_errors
     with redirect_stderr(_Unbroken(sys.stderr)) if sys.stderr else nullcontext():
         try:
-            with ending.listening():
+            with ending.listening(), processes_of_torchrun():
                 main()
         except (Interrupted, Exception) as error:
-            chain = _chain(error)
-            if any(isinstance(e, Interrupted) for e in chain):  # a library may have made another error of it
-                sys.exit(_fail(f"interrupted: {ending.go_on}", 128 + ending.signal))
-            line = str(error) if isinstance(error, UserError) else next(filter(None, map(_what_ran_out, chain)), None)
-            if isinstance(error, BrokenPipeError):
-                line = f"nothing reads what the run prints any more; {ending.go_on}"
-            if line is None and isinstance(error, OSError) and error.errno:  # no permission, a disk that fails
-                line = f"{error.strerror}: {error.filename or 'while writing'}; {ending.go_on}"
-            if line is None:
-                raise
-            sys.exit(_fail(f"error: {line}", 2))
+            line, code = _last_line(error)
+            if fails_alone():
+                if line is None:
+                    raise
+                sys.exit(_fail(line, code))
+            if fails_first():
+                _fail(line, code) if line else traceback.print_exception(error)
+            os._exit(code)  # what is under way between GPUs would wait for this process
+
+
+def _last_line(error):
+    """(the line that ends the command, None for an error that a user cannot mend; its exit code)."""
+    chain = _chain(error)
+    if any(isinstance(e, Interrupted) for e in chain):  # a library may have made another error of it
+        return f"interrupted: {ending.go_on}", 128 + ending.signal
+    line = str(error) if isinstance(error, UserError) else next(filter(None, map(_what_ran_out, chain)), None)
+    if isinstance(error, BrokenPipeError):
+        line = f"nothing reads what the run prints any more; {ending.go_on}"
+    if line is None and isinstance(error, OSError) and error.errno:  # no permission, a disk that fails
+        line = f"{error.strerror}: {error.filename or 'while writing'}; {ending.go_on}"
+    if line is None and any(map(_is_of_a_connection, chain)):
+        line = f"another process of this run has ended or cannot be reached; {ending.go_on}"
+    return (None, 1) if line is None else (f"error: {line}", 2)
 
 
 def _say_nothing_of_os_errors(hook, plain=threading.excepthook):
@@ -368,10 +387,11 @@ def parse_arguments(parser, argv=None):
     if not writable:
         name = str(run_dir)[:200].encode(errors="backslashreplace").decode()
         raise UserError(f"{name} cannot be written: choose another --output_dir")
-    if args.resume:
+    if args.resume and rank() == 0:
         with lock(run_dir):
             check_resume(args, run_dir)
             _keep_only(last_checkpoint(run_dir), run_dir / "checkpoint")  # a kill may have left more
+    wait_for_all()  # nothing is made before all have looked
     return args
 
 
@@ -386,7 +406,9 @@ def set_up(args):
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if args.demo:
-        prepare_demo()
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one for each machine
+            prepare_demo()
+        wait_for_all()
     seed_everything(args.seed)
     # Batches differ in length; without this the allocator keeps a block of each size (read when CUDA starts)
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -395,7 +417,178 @@ def set_up(args):
 
 def seed_everything(seed):
     random.seed(seed)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + rank())  # of dropout, which each rank draws for its own rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several GPUs: a process, or rank, for each, started by torchrun. PyTorch's FSDP2 shards what is trained
+
+
+def ranks():
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """Which of them this is; 0 is the one that prints and writes."""
+    return dist.get_rank() if ranks() > 1 else 0
+
+
+def local(tensor):
+    """Of a sharded tensor (DTensor) this rank's part, of another itself; detached."""
+    tensor = tensor.detach()
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "to_local")
+
+
+def sum_over_ranks(tensor):
+    """The tensor, which becomes the sum of all ranks'. Waits for nothing on a GPU."""
+    if ranks() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def wait_for_all():
+    """Wait until all ranks have come here. Through host memory: CUDA need not have started."""
+    sum_over_ranks(torch.zeros(()))
+
+
+def of_all_ranks(value):
+    """[each rank's value], of any type that pickle takes."""
+    values = [value]
+    if ranks() > 1:
+        values *= ranks()
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def processes_of_torchrun():
+    """In this context the processes that torchrun started are one group; only rank 0 prints. Raises UserError."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    on_gpu, place = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
+    if on_gpu and place >= (gpus := torch.cuda.device_count()):
+        raise UserError(
+            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes on this machine, which has {gpus} GPUs: "
+            f"--nproc-per-node {gpus}"
+        )
+    if on_gpu:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # see `set_up`
+        torch.cuda.set_device(place)
+    # Two hours: others wait as long as rank 0 saves the model. torchrun ends them when one dies
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+    with ExitStack() as silence:
+        if rank():
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(redirect_stdout(nowhere))
+            silence.enter_context(redirect_stderr(nowhere))
+        yield
+    wait_for_all()
+    gc.collect()  # graphs, which hold what they have captured of NCCL
+    dist.destroy_process_group()
+
+
+def fails_alone():
+    """Whether this process, which fails, is the only one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+def fails_first():
+    """Whether no other process of the run has failed before: it is the first error that tells why."""
+    env = os.environ
+    try:  # torchrun's store, which outlives each of them
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), timeout=timedelta(seconds=5))
+        key = f"failed/{env.get('TORCHELASTIC_RESTART_COUNT')}"
+        return store.compare_set(key, "", env["RANK"]) == env["RANK"].encode()
+    except (RuntimeError, KeyError):
+        return True
+
+
+def _is_of_a_connection(error):
+    """Whether gloo or NCCL has lost another process."""
+    words = r"gloo/|NCCL|Connection (closed|reset|refused)|TCPStore"
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(words, str(error))
+
+
+class Agreement:
+    """Whether a signal has come to any rank, with one answer for all: asked at one call, answered at the next."""
+
+    def __init__(self):
+        self.asked = None
+
+    def __call__(self):
+        if ranks() == 1:
+            return ending.signal
+        if self.asked:
+            work, found = self.asked
+            work.wait()
+            ending.signal = ending.signal or found.item() or None
+            if found.item():
+                return ending.signal
+        found = torch.tensor(ending.signal or 0)
+        self.asked = dist.all_reduce(found, dist.ReduceOp.MAX, async_op=True), found
+        return None
+
+
+def shard(model, trained, device, dtype):
+    """Shard what is trained, {name: parameter}, over all ranks, as `dtype`; return {name: sharded parameter}.
+
+    FSDP2 (torch's fully_shard; Zhao et al. 2023) gathers a part of the model when it is needed, and hands over the sum
+    of all ranks' gradients, each rank its own rows (dimension 0) of each tensor. Parts are each module that holds more
+    than an eighth of a decoder layer, what is left of a layer, and what is trained beside the layers. A rank reads only
+    its own rows of the model's files, which are mapped, not read, so far. One rank: as they are.
+    """
+    if ranks() == 1:
+        return trained
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    stand_in = {p: torch.nn.Parameter(torch.empty_like(p, device="meta", dtype=dtype)) for p in trained.values()}
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p in stand_in:
+                setattr(module, name, stand_in[p])
+    options = {
+        "mesh": init_device_mesh(device.type, (ranks(),)),
+        "ignored_params": {p for p in model.parameters() if not p.requires_grad},
+    }
+    for layer in decoder_layers(model):
+        most = sum(p.numel() for p in layer.parameters())
+        for module in list(layer.modules()):
+            if module is not layer and 8 * sum(p.numel() for p in module.parameters(recurse=False)) > most:
+                fully_shard(module, **options)
+        fully_shard(layer, **options)
+    # Its root is what `hidden_states` calls. Gathered before the layers run, it stays so for the loss: with the head
+    model.base_model.add_module("head", model.get_output_embeddings())
+    fully_shard(model.base_model, **options)
+    del model.base_model.head
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # sums, no means: each target's weight is 1 / the number of all
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+    sharded = {name: p for name, p in model.named_parameters() if name in trained}
+    for name, p in sharded.items():
+        own = local(p)
+        own.copy_(trained[name].detach()[rows_of_rank(len(trained[name]))])
+    return sharded
+
+
+def rows_of_rank(count):
+    """Slice of the rows that this rank holds of a sharded tensor's `count`, as torch.chunk deals them."""
+    each = -(-count // ranks())
+    return slice(min(rank() * each, count), min((rank() + 1) * each, count))
+
+
+def gathered(tensor):
+    """The whole tensor, in host memory, on rank 0; None on others. A tensor that is not sharded is whole."""
+    whole = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return whole.detach().cpu() if rank() == 0 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -491,13 +684,21 @@ def load_tokenizer(name):
 
 
 def load_model(name, dtype):
-    """The causal LM `name` (hub id or folder) with weights of `dtype`, in host memory. Raises UserError."""
+    """The causal LM `name` (hub id or folder) with weights of `dtype`, in host memory. Raises UserError.
+
+    Of several ranks each has the weights as they are stored: mapped, not read. `shard` reads and converts its part.
+    """
     from transformers import AutoModelForCausalLM
 
     with _explain_loading("model", name):
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            name,
+            dtype=dtype if ranks() == 1 else "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+    model.config.dtype = dtype
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"the weights of {name} lack {len(missing)} tensors of the model, {missing[0]} first: they would be random"
@@ -626,7 +827,7 @@ class Head:
                 raise UserError(
                     f"the model's config.json is damaged: {name} is {getattr(config, name)!r}, not a number"
                 )
-        self.layer, self.piece_rows = layer, max(1, PIECE // layer.weight[0].nbytes)
+        self.layer, self.piece_rows = layer, max(1, PIECE // (layer.weight.shape[1] * layer.weight.itemsize))
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self.softcap = getattr(config, "final_logit_softcapping", None)
 
@@ -996,6 +1197,7 @@ class Batch:
 
     The same targets as a list: targets, int64 [n], belong to the flat indices positions, int64 [n], of [rows, length];
     weights, fp32 [n], are 1 / their number, and 0 where `pad_batch` filled up.
+    rows, tokens and target_tokens count those of all ranks.
     """
 
     ids: torch.Tensor
@@ -1011,8 +1213,23 @@ class Batch:
     def of(cls, ids, labels, tokens):
         """The batch of ids and labels [rows, length] on the host, where finding the targets makes no device wait."""
         positions = (labels.flatten() != IGNORE).nonzero().flatten()
-        weights = torch.full((len(positions),), 1 / len(positions))
+        weights = torch.full((len(positions),), 1 / max(1, len(positions)))
         return cls(ids, labels, positions, labels.flatten()[positions], weights, len(ids), tokens, len(positions))
+
+    def share(self):
+        """This rank's share: each so-manieth row, filled up so that all ranks' shares have the same shape, one target
+        at least. Weights are still 1 / the number of all targets.
+        """
+        if ranks() == 1:
+            return self
+        ids, labels = (x[rank() :: ranks()] for x in (self.ids, self.labels))
+        most = max((labels != IGNORE).sum().item() for labels in dealt(self.labels))
+        if not len(ids):  # fewer rows than ranks
+            ids, labels = torch.zeros_like(self.ids[:1]), torch.full_like(self.labels[:1], IGNORE)
+        own = Batch.of(ids, labels, self.tokens)
+        own = replace(own, rows=self.rows, target_tokens=self.target_tokens)
+        own.weights.fill_(1 / self.target_tokens)
+        return pad_batch(own, rows=-(-self.rows // ranks()), targets=most)
 
     def to(self, device):
         """The batch on `device`. Copies to a GPU go from pinned memory, so that the host does not wait for it."""
@@ -1035,9 +1252,16 @@ def collate(sequences, limit, multiple=8):
     return Batch.of(ids, labels, tokens=sum(len(s.ids) - 1 for s in sequences))
 
 
+def dealt(rows):
+    """[each rank's rows], as `Batch.share` deals them."""
+    return [rows[k :: ranks()] for k in range(ranks())]
+
+
 def batch_shape(sequences, multiple, limit):
-    """(rows, length, targets) of the batch that `collate` makes of the sequences."""
-    return len(sequences), max(padded_lengths(sequences, multiple, limit)), sum(s.targets for s in sequences)
+    """(rows, length, targets) of a rank's share of the batch that `collate` makes of the sequences."""
+    shares = dealt(sequences)
+    targets = max(sum(s.targets for s in share) for share in shares)
+    return len(shares[0]), max(padded_lengths(sequences, multiple, limit)), targets
 
 
 def padded_lengths(sequences, multiple, limit):
@@ -1125,20 +1349,22 @@ def evaluate(model, rows, device, limit, log_probs_of, tokens_per_batch=1024, pa
     """[[four summed log-probabilities]] of `rows` (EvalRow), each an fp32 sum over the continuation's tokens.
 
     log_probs_of: function(Batch on `device`) -> `target_log_probs`. No [rows, tokens, vocabulary] array exists.
+    tokens_per_batch: of each rank; the sequences of a batch are dealt out, and each is scored by one rank.
     """
-    scores, was_training, done = [[0.0] * 4 for _ in rows], model.training, []
+    scores, was_training, done = torch.zeros(len(rows), 4, dtype=torch.float64), model.training, []
     model.eval()
     with tqdm(total=len(rows), desc="evaluating", unit="row", mininterval=0.5) as bar:
-        for chosen in evaluation_order(rows, tokens_per_batch, pad_to):
-            batch = collate([rows[r].sequences[e] for r, e in chosen], limit, pad_to)
-            done.append((chosen, batch.positions // batch.ids.shape[1], log_probs_of(batch.to(device))))
+        for chosen in evaluation_order(rows, tokens_per_batch * ranks(), pad_to):
+            batch = collate([rows[r].sequences[e] for r, e in chosen], limit, pad_to).share()
+            sequence_of = (batch.positions // batch.ids.shape[1])[batch.weights > 0]
+            done.append((dealt(chosen)[rank()], sequence_of, log_probs_of(batch.to(device))))
             bar.update(len(chosen) / 4)
     model.train(was_training)
     for chosen, sequence_of, log_probs in done:  # only now, so that the device never waits for the host
-        sums = torch.zeros(len(chosen)).index_add_(0, sequence_of, log_probs.cpu())
-        for (r, e), value in zip(chosen, sums.tolist(), strict=True):
-            scores[r][e] = value
-    return scores
+        sums = torch.zeros(len(chosen)).index_add_(0, sequence_of, log_probs.cpu()[: len(sequence_of)])
+        for (r, e), value in zip(chosen, sums, strict=True):
+            scores[r, e] = value
+    return sum_over_ranks(scores).tolist()
 
 
 def accuracy(rows, scores):
@@ -1185,7 +1411,9 @@ BLOCK = 2**22  # elements: the update's temporaries are fp32 blocks of 16 MiB, n
 FLOOR = 1e-30  # eps1 of the Adafactor paper, added to the squared gradient's means
 
 
-def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None, complement=False, compensation=None):
+def adafactor_update(
+    p, g, row, col, lr, beta2, rounding, generator=None, complement=False, compensation=None, whole=None
+):
     """One Adafactor step on weights p [R, C] in place, with gradient g [R, C]; all arithmetic in fp32.
 
     row [R], col [C]: fp32 running means of g² over columns and rows, updated in place (Shazeer & Stern 2018, eq. 4-6).
@@ -1194,10 +1422,12 @@ def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None, comple
     generator and complement are those of `stochastic_round`.
     compensation [R], of a bf16 vector (C = 1): fp32, what rounding has left out of p, updated in place. The step is
     taken from p + compensation, so that errors never add up (Kahan summation, for weights: Zamirai et al. 2020).
+    whole: where p is this rank's rows of a sharded tensor, how many rows that has; sums then go over all ranks, twice.
     Returns a bool tensor: False where the update is not finite, and then all stay as they were.
     """
-    (rows, cols), step = p.shape, max(1, BLOCK // p.shape[1])
-    blocks = [slice(start, start + step) for start in range(0, rows, step)]
+    (here, cols), step = p.shape, max(1, BLOCK // p.shape[1])
+    blocks = [slice(start, start + step) for start in range(0, here, step)]
+    over_all, rows = (lambda sums: sums, here) if whole is None else (sum_over_ranks, whole)
 
     row_mean, col_sum = torch.empty_like(row), torch.zeros_like(col)
     for block in blocks:
@@ -1205,18 +1435,19 @@ def adafactor_update(p, g, row, col, lr, beta2, rounding, generator=None, comple
         row_mean[block] = square.mean(1)
         col_sum += square.sum(0)
     new_row = torch.lerp(row, row_mean + FLOOR, 1 - beta2)
+    col_sum, row_total = over_all(torch.cat([col_sum, new_row.sum()[None]])).split([cols, 1])
     new_col = torch.lerp(col, col_sum / rows + FLOOR, 1 - beta2)
-    row_factor = (new_row / new_row.mean()).rsqrt()[:, None]
+    row_factor = (new_row / (row_total / rows)).rsqrt()[:, None]
     col_factor = new_col.rsqrt()
 
     def update(block):
         return (g[block].float() * row_factor[block]).mul_(col_factor)
 
-    u_square, p_square = p.new_zeros((), dtype=torch.float32), p.new_zeros((), dtype=torch.float32)
+    squares = p.new_zeros(2, dtype=torch.float32)
     for block in blocks:
-        u_square += update(block).square_().sum()
-        p_square += p[block].float().square().sum()
-    finite = (u_square + p_square + new_row.sum() + new_col.sum()).isfinite()
+        squares += torch.stack([update(block).square_().sum(), p[block].float().square().sum()])
+    u_square, p_square = over_all(squares)
+    finite = (u_square + p_square + row_total[0] + new_col.sum()).isfinite()
     norm = p_square.sqrt().clamp(min=1e-3 * math.sqrt(rows * cols))
     # A norm that fp32 cannot hold has no direction to trust: such a gradient moves nothing
     scale = torch.where(u_square > FLOOR, lr * norm / u_square.sqrt(), 0.0)
@@ -1248,7 +1479,7 @@ if triton is None:
     _kernel = lambda function: None  # noqa: E731
 else:
     # numbers that differ from tensor to tensor: not worth a compilation each
-    _COUNTS = ["strips", "row_blocks", "blocks", "tiles", "row_tiles", "col_tiles", "number", "seed"]
+    _COUNTS = ["strips", "row_blocks", "blocks", "tiles", "row_tiles", "col_tiles", "number", "seed", "part", "first"]
 
     def _kernel(function):
         names = inspect.signature(function).parameters
@@ -1289,18 +1520,20 @@ def _running_mean(sums, old, new, total, n, tiles, divisor, beta2_rest, tiny, bl
 
 @_kernel
 def _running_means(
-    row_sums, col_sums, row, col, new_row, new_col, totals, count, R, C, row_tiles, col_tiles, beta2_rest, tiny,
-    BLOCK: tl.constexpr,
+    row_sums, col_sums, row, col, new_row, new_col, totals, count, R, C, whole, row_tiles, col_tiles, beta2_rest, tiny,
+    first, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The new running means of rows and columns, and each block's total of them; counts the update."""
-    block, row_blocks = tl.program_id(0), tl.cdiv(R, BLOCK)
+    """The new running means of R rows and, the first block first, of columns over `whole` rows, and each block's total
+    of them; counts the update.
+    """
+    block, row_blocks = first + tl.program_id(0), tl.cdiv(R, BLOCK)
     if block == 0:
         tl.store(count, tl.load(count) + 1)
     if block < row_blocks:
         _running_mean(row_sums, row, new_row, totals + block, R, row_tiles, C, beta2_rest, tiny, block, BLOCK)
     else:
         _running_mean(
-            col_sums, col, new_col, totals + block, C, col_tiles, R, beta2_rest, tiny, block - row_blocks, BLOCK
+            col_sums, col, new_col, totals + block, C, col_tiles, whole, beta2_rest, tiny, block - row_blocks, BLOCK
         )
 
 
@@ -1316,7 +1549,7 @@ def _total(x, n):
 
 @_kernel
 def _norms(
-    p, g, new_row, new_col, totals, u_squares, p_squares, R, C, strips, row_blocks,
+    p, g, new_row, new_col, totals, u_squares, p_squares, R, C, whole, strips, row_blocks,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """For each set of strips, the sums of squares of the update before its rescaling and of the weights.
@@ -1325,7 +1558,7 @@ def _norms(
     """
     i, j = tl.program_id(0), tl.program_id(1)
     cols = j * WIDTH + tl.arange(0, WIDTH)
-    mean_row = _total(totals, row_blocks) / R
+    mean_row = _total(totals, row_blocks) / whole
     col_factor = tl.rsqrt(tl.load(new_col + cols, mask=cols < C, other=1.0))
     u_square, p_square = tl.zeros([HEIGHT, WIDTH], tl.float32), tl.zeros([HEIGHT, WIDTH], tl.float32)
     for turn in range(strips):
@@ -1343,13 +1576,14 @@ def _norms(
 
 
 @_kernel
-def _random_words(at, count, number, seed):
+def _random_words(at, count, number, part, seed):
     """128 random bits for each element of `at`, as 4 words (Philox 4x32-10, Salmon et al. 2011).
 
-    Keyed by the seed and counted by place, update and tensor: no two draws of a run share a counter.
+    Keyed by the seed and counted by place, update, tensor and which rank's part of it: no two draws of a run share a
+    counter.
     """
     zero = at * 0
-    return tl.philox(seed, at, zero + count, zero + number, zero)
+    return tl.philox(seed, at, zero + count, zero + number, zero + part)
 
 
 @_kernel
@@ -1361,14 +1595,15 @@ def _round_up_or_down(x, noise):
 
 @_kernel
 def _step(
-    p, g, row, col, new_row, new_col, totals, u_squares, p_squares, count, skipped, R, C, row_blocks, blocks, tiles,
-    lr, least_norm, tiny, number, seed, STOCHASTIC: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    p, g, row, col, new_row, new_col, totals, u_squares, p_squares, count, skipped, R, C, whole, row_blocks, blocks,
+    tiles, lr, least_norm, tiny, number, part, seed,
+    STOCHASTIC: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write weights and running means, if the update is finite, or else count it as skipped. Forwards again."""
     across = tl.cdiv(C, WIDTH)
     i, j = tl.program_id(0) // across, tl.program_id(0) % across
     cols = j * WIDTH + tl.arange(0, WIDTH)
-    mean_row = _total(totals, row_blocks) / R
+    mean_row = _total(totals, row_blocks) / whole
     u_square, p_square = _total(u_squares, tiles), _total(p_squares, tiles)
     finite = tl.abs(u_square + p_square + _total(totals, blocks)) < float("inf")
     norm = tl.load(lr) * tl.maximum(tl.sqrt(p_square), least_norm)
@@ -1383,7 +1618,7 @@ def _step(
         if STOCHASTIC:  # one draw gives 16 bits to an element of each of the 8 strips, for two updates
             at = (i * HEIGHT + tl.arange(0, HEIGHT))[:, None] * C + cols[None, :]
             updates = tl.load(count)
-            words, flipped = _random_words(at, updates // 2, number, seed), 0xFFFF * (updates % 2)
+            words, flipped = _random_words(at, updates // 2, number, part, seed), 0xFFFF * (updates % 2)
         for strip in tl.static_range(8):
             rows = (i * 8 + strip) * HEIGHT + tl.arange(0, HEIGHT)
             at = rows[:, None].to(tl.int64) * C + cols[None, :]
@@ -1408,15 +1643,8 @@ def _gradient_and_row(g, row, at, n, beta2_rest, tiny):
 
 
 @_kernel
-def _vector_update(
-    p, g, row, col, compensation, count, skipped, n, lr, beta2_rest, least_norm, tiny, number, seed,
-    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The whole update of a vector, by one program that goes over it twice, for norms and step.
-
-    A vector's col is the mean of its row, so that the two cancel in the factors: g / sqrt(row) has the same direction.
-    """
-    col_before, updates = tl.load(col), tl.load(count) + 1
+def _vector_sums(p, g, row, sums, n, beta2_rest, tiny, BLOCK: tl.constexpr):
+    """Of a vector the sums of squares of gradient, update before its rescaling, and weights; by one program."""
     g_squares, u_squares = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     p_squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n, BLOCK):
@@ -1427,8 +1655,23 @@ def _vector_update(
         g_squares += x_g * x_g
         u_squares += u * u
         p_squares += x_p * x_p
-    u_square, p_square = tl.sum(u_squares), tl.sum(p_squares)
-    new_col = col_before + beta2_rest * (tl.sum(g_squares) / n + tiny - col_before)
+    tl.store(sums, tl.sum(g_squares))
+    tl.store(sums + 1, tl.sum(u_squares))
+    tl.store(sums + 2, tl.sum(p_squares))
+
+
+@_kernel
+def _vector_step(
+    p, g, row, col, compensation, sums, count, skipped, n, whole, lr, beta2_rest, least_norm, tiny, number, part, seed,
+    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The rest of a vector's update, by one program.
+
+    A vector's col is the mean of its row, so that the two cancel in the factors: g / sqrt(row) has the same direction.
+    """
+    col_before, updates = tl.load(col), tl.load(count) + 1
+    u_square, p_square = tl.load(sums + 1), tl.load(sums + 2)
+    new_col = col_before + beta2_rest * (tl.load(sums) / whole + tiny - col_before)
     norm = tl.load(lr) * tl.maximum(tl.sqrt(p_square), least_norm)
     scale = tl.where(u_square > tiny, norm / tl.sqrt(u_square), 0.0)
     tl.store(count, updates)
@@ -1440,7 +1683,7 @@ def _vector_update(
             x = tl.load(p + at, mask=at < n, other=0.0).to(tl.float32) - x_g * tl.rsqrt(new_row) * scale
             if STOCHASTIC:
                 exact = x + tl.load(compensation + at, mask=at < n, other=0.0)
-                x = _round_up_or_down(exact, _random_words(at, updates, number, seed)[0])
+                x = _round_up_or_down(exact, _random_words(at, updates, number, part, seed)[0])
                 tl.store(compensation + at, exact - x, mask=at < n)
             tl.store(p + at, x.to(p.dtype.element_ty), mask=at < n)
             tl.store(row + at, new_row, mask=at < n)
@@ -1448,27 +1691,32 @@ def _vector_update(
         tl.store(skipped, tl.load(skipped) + 1)
 
 
-def fused_vector_update(p, g, row, col, lr, beta2, count, number, seed, skipped, compensation):
-    """`adafactor_update` of a vector in one kernel; p and g [R, 1] contiguous, fp32 or bf16, on a GPU.
+def fused_vector_update(p, g, row, col, lr, beta2, count, number, seed, skipped, compensation, whole=None):
+    """`adafactor_update` of a vector in two kernels; p and g [R, 1] contiguous, fp32 or bf16, on a GPU.
 
     The rest as in `fused_adafactor_update`; compensation [R] fp32, or None where nothing is rounded stochastically.
     """
     rows, stochastic = p.shape[0], compensation is not None  # or else no pointer to it is read
-    block, least_norm = min(2**13, triton.next_power_of_2(rows)), 1e-3 * math.sqrt(rows)
-    _vector_update[(1,)](
-        p, g, row, col, compensation if stochastic else row, count, skipped, rows, lr, 1 - beta2, least_norm, FLOOR,
-        number, seed, stochastic, block,
+    block, sums = min(2**13, triton.next_power_of_2(max(1, rows))), torch.empty(3, dtype=torch.float32, device=p.device)
+    _vector_sums[(1,)](p, g, row, sums, rows, 1 - beta2, FLOOR, block)
+    if whole is not None:
+        sum_over_ranks(sums)
+    whole = whole or rows
+    _vector_step[(1,)](
+        p, g, row, col, compensation if stochastic else row, sums, count, skipped, rows, whole, lr, 1 - beta2,
+        1e-3 * math.sqrt(whole), FLOOR, number, rank(), seed, stochastic, block,
     )  # fmt: skip
 
 
-def fused_adafactor_update(p, g, row, col, lr, beta2, rounding, count, number, seed, skipped):
+def fused_adafactor_update(p, g, row, col, lr, beta2, rounding, count, number, seed, skipped, whole=None):
     """`adafactor_update` of a matrix in four kernels; p and g [R, C] contiguous, fp32 or bf16, on a GPU.
 
     lr: fp32 scalar tensor. count: int32 scalar tensor, the updates of this tensor so far; number: int, which tensor it
     is; both and `seed` key the rounding noise, of two updates at a time: the second has its complement.
     skipped: int64 scalar tensor, plus 1 where the update is not finite. Equal inputs give equal bits.
+    whole: as there; the sums that go over all ranks are then all that a kernel needs of those of the one before.
     """
-    (rows, cols), least_norm = p.shape, 1e-3 * math.sqrt(p.numel())
+    (rows, cols), all_rows = p.shape, whole or p.shape[0]
     stochastic = rounding == "stochastic" and p.dtype == torch.bfloat16
     # Tile heights and widths, and programs enough for a whole GPU: the best of those tried on an H100
     block, strips = 32, max(1, min(32, p.numel() // 2**22))
@@ -1479,16 +1727,33 @@ def fused_adafactor_update(p, g, row, col, lr, beta2, rounding, count, number, s
     sizes = [-(-n // 4) * 4 for n in sizes]  # 16 bytes, the alignment of wide loads
     scratch = torch.empty(sum(sizes), dtype=torch.float32, device=p.device).split(sizes)
     row_sums, col_sums, new_row, new_col, totals, u_squares, p_squares = scratch
-    means = (new_row, new_col, totals)
+
+    def running_means(first, blocks, col_sums, col_tiles):
+        _running_means[(blocks,)](
+            row_sums, col_sums, row, col, new_row, new_col, totals, count, rows, cols, all_rows, wide, col_tiles,
+            1 - beta2, FLOOR, first, block,
+        )  # fmt: skip
 
     _square_sums[tall, wide](g, row_sums, col_sums, rows, cols, strips, 64, 64)
-    _running_means[(row_blocks + col_blocks,)](
-        row_sums, col_sums, row, col, *means, count, rows, cols, wide, tall, 1 - beta2, FLOOR, block
+    if whole is None:
+        running_means(0, row_blocks + col_blocks, col_sums, tall)
+    else:
+        running_means(0, row_blocks, col_sums, tall)
+        here = col_sums[: tall * cols].view(tall, cols).sum(0)
+        sums = sum_over_ranks(torch.cat([here, totals[:row_blocks].sum()[None]]))
+        running_means(row_blocks, col_blocks, sums, 1)
+        of_cols = totals[row_blocks : row_blocks + col_blocks].sum()
+        totals, row_blocks, col_blocks = torch.stack([sums[-1], of_cols]), 1, 1
+    _norms[norms](
+        p, g, new_row, new_col, totals, u_squares, p_squares, rows, cols, all_rows, strips, row_blocks, 16, 256
     )
-    _norms[norms](p, g, *means, u_squares, p_squares, rows, cols, strips, row_blocks, 16, 256)
+    if whole is not None:
+        sums = sum_over_ranks(torch.stack([u_squares[:tiles].sum(), p_squares[:tiles].sum()]))
+        u_squares, p_squares, tiles = sums[:1], sums[1:], 1
     _step[(triton.cdiv(rows, 16) * triton.cdiv(cols, 512),)](
-        p, g, row, col, *means, u_squares, p_squares, count, skipped, rows, cols, row_blocks, row_blocks + col_blocks,
-        tiles, lr, least_norm, FLOOR, number, seed, stochastic, 2, 512,
+        p, g, row, col, new_row, new_col, totals, u_squares, p_squares, count, skipped, rows, cols, all_rows,
+        row_blocks, row_blocks + col_blocks, tiles, lr, 1e-3 * math.sqrt(all_rows * cols), FLOOR, number, rank(), seed,
+        stochastic, 2, 512,
     )  # fmt: skip
 
 
@@ -1501,7 +1766,7 @@ def _as_matrix(x):
 
 
 class Adafactor(torch.optim.Optimizer):
-    """`adafactor_update` as a torch optimizer for fp32 or bf16 weights of one device.
+    """`adafactor_update` as a torch optimizer for fp32 or bf16 weights of one device, or sharded by rows (`shard`).
 
     `step()` updates every parameter with a gradient; `update(p)` one of them, for use inside the backward pass. Of more
     than two dimensions, all but the last count as rows. A vector counts as [n, 1], for which the factored mean *is* the
@@ -1525,7 +1790,7 @@ class Adafactor(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "beta2": beta2, "rounding": rounding})
         self.seed, device = seed, self.param_groups[0]["params"][0].device
         self.fused = triton is not None and device.type == "cuda" if fused is None else fused
-        if not all(p.is_contiguous() for group in self.param_groups for p in group["params"]):
+        if not all(local(p).is_contiguous() for group in self.param_groups for p in group["params"]):
             raise ValueError("Adafactor takes contiguous parameters")
         for group in self.param_groups:
             group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
@@ -1538,15 +1803,16 @@ class Adafactor(torch.optim.Optimizer):
     def reset(self):
         """Forget all state, and so start the rounding noise anew."""
         for p in self.group_of:
-            sizes = dict(zip(("row", "col"), _as_matrix(p).shape, strict=True))
+            own = local(p)
+            sizes = dict(zip(("row", "col"), _as_matrix(own).shape, strict=True))
             if self._is_compensated(p):
                 sizes["compensation"] = sizes["row"]
-            self.state[p] = {name: p.new_zeros(n, dtype=torch.float32) for name, n in sizes.items()}
+            self.state[p] = {name: own.new_zeros(n, dtype=torch.float32) for name, n in sizes.items()}
             self.state[p]["count"] = torch.zeros((), dtype=torch.int32, device=p.device if self.fused else "cpu")
         self.skipped.zero_()
 
     def _is_compensated(self, p):
-        is_vector = _as_matrix(p).shape[1] == 1
+        is_vector = _as_matrix(local(p)).shape[1] == 1
         return is_vector and p.dtype == torch.bfloat16 and self.group_of[p]["rounding"] == "stochastic"
 
     @torch.no_grad()
@@ -1555,20 +1821,26 @@ class Adafactor(torch.optim.Optimizer):
         if p.numel() == 0:
             return
         group, state = self.group_of[p], self.state[p]
-        args = [_as_matrix(p), _as_matrix(p.grad.contiguous()), state["row"], state["col"], group["lr"], group["beta2"]]
+        own, grad = _as_matrix(local(p)), _as_matrix(local(p.grad).contiguous())
+        args = [own, grad, state["row"], state["col"], group["lr"], group["beta2"]]
         rounding, compensation = group["rounding"], state.get("compensation")
+        whole = p.numel() // own.shape[1] if is_sharded(p) else None
         if not self.fused:
             state["count"] += 1
             count = state["count"].item()
             draw, complement = divmod(count, 2) if compensation is None else (count, False)
-            self.generator.manual_seed(hash((self.seed, self.number_of[p], draw)))  # of ints, the same in each process
-            self.skipped += ~adafactor_update(*args, rounding, self.generator, complement, compensation)
+            key = (self.seed, self.number_of[p], draw, *([rank()] if rank() else []))
+            self.generator.manual_seed(hash(key))  # of ints, the same in each process
+            self.skipped += ~adafactor_update(*args, rounding, self.generator, complement, compensation, whole)
             return
         noise = {"count": state["count"], "number": self.number_of[p], "seed": self.seed, "skipped": self.skipped}
-        if args[0].shape[1] == 1:
-            fused_vector_update(*args, **noise, compensation=compensation)
+        if own.shape[1] == 1:
+            fused_vector_update(*args, **noise, compensation=compensation, whole=whole)
+        elif not own.numel():  # fewer rows than ranks: this one has none, but joins the sums and keeps the columns'
+            state["count"] += 1
+            self.skipped += ~adafactor_update(*args, "nearest", whole=whole)
         else:
-            fused_adafactor_update(*args, rounding, **noise)
+            fused_adafactor_update(*args, rounding, **noise, whole=whole)
 
     def step(self, closure=None):
         if closure is not None:
@@ -1594,8 +1866,8 @@ def guarded(optimizer_class):
 
         def leave_out(*_):
             given = [p for p in params if p.grad is not None]
-            norms = torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in given])
-            for p, finite in zip(given, norms.square().isfinite().tolist(), strict=True):
+            norms = torch.stack([torch.linalg.vector_norm(local(p.grad), dtype=torch.float32) for p in given])
+            for p, finite in zip(given, sum_over_ranks(norms.square()).isfinite().tolist(), strict=True):
                 if not finite:
                     p.grad = None
                     optimizer.skipped += 1
@@ -1749,6 +2021,7 @@ def rows_from_host(table, ids):
 
 
 def size_in_bytes(tensors):
+    """Bytes of the tensors; a sharded one counts whole."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -1928,33 +2201,60 @@ def need_space(folder, size, what):
 
 def save_checkpoint(run_dir, state, metrics, trained, optimizer):
     """Write weights, optimizer state, random states, metrics (bytes) and `state` beside the old checkpoint, then remove
-    that. At every instant one is whole and on the disk. Raises UserError if there is no room.
+    that. At every instant one is whole and on the disk. Each rank writes what it holds. Raises UserError if there is no
+    room.
     """
     final = Path(run_dir) / "checkpoint" / f"step-{state['progress']['step']}"
     partial = final.with_name("partial")
-    optimizer_state = {
-        f"{name}/{key}": value for name, p in trained.items() for key, value in optimizer.state.get(p, {}).items()
-    }
+    optimizer_state = _optimizer_state(trained, optimizer)
     random_states = _random_states(optimizer)
     size = size_in_bytes([*trained.values(), *optimizer_state.values(), *random_states.values()])
     need_space(final.parent, size + len(metrics) + CHECKPOINT_REST, "a checkpoint")
     try:
-        partial.mkdir(parents=True)
-        _save_shards(partial, "weights", trained)
-        _save_shards(partial, "optimizer", optimizer_state)
-        _save_shards(partial, "random", random_states)
-        state = {"format": FORMAT, **state, "python_random": random.getstate()}
-        (partial / "state.json").write_text(json.dumps(state))
-        (partial / "metrics.jsonl").write_bytes(metrics)
-        (partial / SUMS).write_text(_sums(partial))
-        _flush_all(partial)
-        partial.rename(final)
+        partial.mkdir(parents=True, exist_ok=ranks() > 1)
+        if ranks() > 1:
+            _save_parts(partial, trained | optimizer_state | random_states)
+        else:
+            _save_shards(partial, "weights", trained)
+            _save_shards(partial, "optimizer", optimizer_state)
+            _save_shards(partial, "random", random_states)
+        if rank() == 0:
+            state = {"format": FORMAT, **state, "python_random": random.getstate()}
+            (partial / "state.json").write_text(json.dumps(state))
+            (partial / "metrics.jsonl").write_bytes(metrics)
+            (partial / SUMS).write_text(_sums(partial))
+            _flush_all(partial)
+            partial.rename(final)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)  # the room may be all that is missing
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # the room may be all that is missing
         raise
-    _flush(final.parent)
-    _flush(run_dir)
-    _keep_only(final, partial.parent)
+    if rank() == 0:
+        _flush(final.parent)
+        _flush(run_dir)
+        _keep_only(final, partial.parent)
+    wait_for_all()
+
+
+def _optimizer_state(trained, optimizer):
+    """{name/key: tensor} of the optimizer's state; what has a row for each of a sharded tensor's is sharded as that."""
+    found = {}
+    for name, p in trained.items():
+        for key, value in optimizer.state.get(p, {}).items():
+            if is_sharded(p) and key in ("row", "compensation"):
+                value = _sharded_like(p, value)
+            found[f"{name}/{key}"] = value
+    return found
+
+
+def _sharded_like(p, value):
+    """The DTensor whose part on this rank is `value`, one number for each row of p [..., columns], or of a vector p."""
+    from torch.distributed.tensor import DTensor
+
+    shape = p.shape[:-1] if p.ndim > 1 else p.shape
+    stride = torch.empty(shape, device="meta").stride()
+    value = value.view(local(p).shape[: len(shape)])
+    return DTensor.from_local(value, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
 
 
 def _keep_only(checkpoint, folder):
@@ -2006,23 +2306,31 @@ def _flush(path):
 
 
 def load_checkpoint(folder, trained, optimizer):
-    """Restore what save_checkpoint wrote; return (state, metrics). State keeps its dtype, unlike in load_state_dict."""
-    with torch.no_grad():
-        for name, value in _load_shards(folder, "weights"):
-            trained[name].copy_(value)
-    for name, value in _load_shards(folder, "optimizer"):
-        name, _, key = name.rpartition("/")
-        p, state = trained[name], optimizer.state[trained[name]]
-        if key in state:  # where it is, which for a streamed p is not where p is now
-            state[key].copy_(value)
-        else:  # torch keeps Adam's step on the host. A copy: `value` holds its file, which is to be removed
-            state[key] = value.to("cpu" if key == "step" else p.device, copy=True)
-    states = dict(_load_shards(folder, "random"))
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    optimizer.skipped.copy_(states["skipped"])
+    """Restore what save_checkpoint wrote, on whatever number of ranks; return (state, metrics).
+
+    All is copied to where it is, which for the state of a streamed parameter is not where that is now; each rank reads
+    what it holds.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    reader = HuggingFaceStorageReader(str(folder))
+    saved = reader.read_metadata().state_dict_metadata
+    for name, p in trained.items():  # torch's optimizers make theirs in the first step
+        for key in {"exp_avg", "exp_avg_sq", "step"} if isinstance(optimizer, torch.optim.Adam) else ():
+            if f"{name}/{key}" in saved:
+                optimizer.state[p][key] = torch.zeros(()) if key == "step" else torch.zeros_like(p)
+    found = trained | _optimizer_state(trained, optimizer) | _random_states(optimizer)
+    found = {name: tensor.detach() for name, tensor in found.items() if name in saved}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that one process is taken for all, and so it is
+        load(found, storage_reader=reader, no_dist=ranks() == 1)
+    torch.set_rng_state(found["torch"])
+    if "cuda" in found:
+        torch.cuda.set_rng_state(found["cuda"])
+    optimizer.skipped.copy_(found["skipped"])
     state = json.loads((folder / "state.json").read_text())
+    if rank():  # what is saved is rank 0's
+        torch.manual_seed(hash((state["args"]["seed"], state["progress"]["step"], rank())))
     kind, numbers, rest = state["python_random"]
     random.setstate((kind, tuple(numbers), rest))
     return state, (folder / "metrics.jsonl").read_bytes()
@@ -2047,12 +2355,20 @@ def _save_shards(folder, prefix, named):
     save_file(shard, folder / f"{prefix}-{number:05}.safetensors")
 
 
-def _load_shards(folder, prefix):
-    from safetensors import safe_open
+def _save_parts(folder, named):
+    """Write what each rank holds of the tensors: safetensors files of about SHARD bytes that say where parts belong."""
+    from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageWriter, save
 
-    for file in sorted(folder.glob(f"{prefix}-*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            yield from ((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118 (not a dict)
+    file_of, size = {}, 0
+    for name, tensor in named.items():
+        file_of[name] = 1 + size // SHARD
+        size += size_in_bytes([tensor]) // ranks()
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
+    save(
+        {name: tensor.detach() for name, tensor in named.items()},
+        storage_writer=writer,
+        planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),  # what all hold alike, rank 0 writes
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2112,16 +2428,20 @@ class Run:
             "eval": [],
         }
         self.steps = planned_steps(args, self.train)
-        self.dir = Path(args.output_dir) / args.run_name
+        self.dir = self.records = Path(args.output_dir) / args.run_name
         self.state = {"args": vars(args), "fingerprints": fingerprints(model, trained, data)}
-        self._need_space(copies=1 if args.resume and last_checkpoint(self.dir) else 2)
-        try:
-            self.dir.mkdir(parents=True, exist_ok=args.resume)
-        except FileExistsError as error:
-            raise UserError(f"{self.dir} was made meanwhile by another process: take another --run-name") from error
         self.open = ExitStack()  # until the process ends
-        (self.dir / "metrics.jsonl").touch()
-        self.metrics = self.open.enter_context(lock(self.dir))
+        if rank():  # whose records are nowhere read
+            self.records = Path(self.open.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            self._need_space(copies=1 if args.resume and last_checkpoint(self.dir) else 2)
+            try:
+                self.dir.mkdir(parents=True, exist_ok=args.resume)
+            except FileExistsError as error:
+                raise UserError(f"{self.dir} was made meanwhile by another process: take another --run-name") from error
+        (self.records / "metrics.jsonl").touch()
+        self.metrics = self.open.enter_context(lock(self.records))
+        wait_for_all()
         checkpoint = last_checkpoint(self.dir) if args.resume else None
         if checkpoint:
             check_content(args, checkpoint, self.state["fingerprints"])
@@ -2140,7 +2460,7 @@ class Run:
         self.losses = torch.tensor(self.progress["losses"], device=self.device)  # since the last log line: sum, number
         self.skipped, self.bad_steps = optimizer.skipped.clone(), torch.zeros_like(optimizer.skipped)
         self.bad_steps_seen = torch.zeros((), dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        self.seconds_to_first_step = None
+        self.seconds_to_first_step, self.signalled = None, Agreement()
 
     def _need_space(self, copies):
         """Raise UserError if the disk has no room for so many checkpoints and the model."""
@@ -2160,11 +2480,11 @@ class Run:
         """Open metrics.jsonl and TensorBoard's events as they were at the checkpoint; metrics: the former's text."""
         from torch.utils.tensorboard import SummaryWriter
 
-        _write_whole(self.dir / "config.json", json.dumps(vars(self.args), indent=1))
+        _write_whole(self.records / "config.json", json.dumps(vars(self.args), indent=1))
         self.metrics.truncate(0)
         self.metrics.write(metrics)
         self.metrics.flush()
-        self.board = SummaryWriter(str(self.dir), purge_step=self.progress["step"] if self.args.resume else None)
+        self.board = SummaryWriter(str(self.records), purge_step=self.progress["step"] if self.args.resume else None)
         for line in metrics.splitlines():  # purging takes the last kept step's points too: they are written again
             values = json.loads(line)
             if values.pop("step") == self.progress["step"]:
@@ -2207,10 +2527,11 @@ class Run:
         with ending.postponed():
             with bar as self.bar:
                 for rows in order[self.progress["batch"] :]:
-                    if self.stopped or ending.signal and not self.bad_steps.item():  # which must not be saved
+                    if self.stopped or self.signalled() and not self.bad_steps.item():  # which must not be saved
                         break
                     set_learning_rate(self.optimizer, learning_rate(self.args, self.progress["step"], self.steps))
-                    yield collate([self.train[row] for row in rows], self.limit, self.pad_to).to(self.device)
+                    batch = collate([self.train[row] for row in rows], self.limit, self.pad_to)
+                    yield batch.share().to(self.device)
             self._stop_clock()
             bad = self.bad_steps.item()
             if bad >= BAD_STEPS or self._is_last(epoch) and 0 < self.progress["step"] <= bad:
@@ -2220,12 +2541,13 @@ class Run:
             ending.check()
 
     def after_step(self, loss, batch):
-        """Count the step; write the log line and the checkpoint when they are due. loss: tensor on the device.
+        """Count the step; write the log line and the checkpoint when they are due. loss: tensor on the device, this
+        rank's part of the batch's.
 
         Raises UserError after BAD_STEPS steps in a row that left out updates.
         """
         progress, skipped = self.progress, self.optimizer.skipped
-        loss = loss.detach().float()
+        loss = sum_over_ranks(loss.detach().float())
         self.losses += torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]), 0)
         self.bad_steps.add_(1).mul_(skipped > self.skipped)
         self.skipped.copy_(skipped)
@@ -2294,7 +2616,7 @@ class Run:
             save_checkpoint(
                 self.dir,
                 self.state | {"progress": self.progress},
-                (self.dir / "metrics.jsonl").read_bytes(),
+                (self.records / "metrics.jsonl").read_bytes(),
                 self.trained,
                 self.optimizer,
             )
@@ -2324,7 +2646,7 @@ class Run:
             json.dumps({"ind": row.ind, "label": row.label, "loglikelihoods": row_scores, "chars": row.chars}) + "\n"
             for row, row_scores in zip(self.validation, scores, strict=True)
         )
-        _write_whole(self.dir / f"eval_epoch{epoch}.jsonl", "".join(lines))
+        _write_whole(self.records / f"eval_epoch{epoch}.jsonl", "".join(lines))
         result = accuracy(self.validation, scores)
         print(
             f"epoch {epoch}: acc {result['acc']:.2f} %, acc_norm {result['acc_norm']:.2f} %, "
@@ -2334,8 +2656,12 @@ class Run:
         self._log(result, epoch)
 
     def finish(self):
-        """Save the model unless told not to, write summary.json and print the closing table."""
+        """Save the model unless told not to, write summary.json and print the closing table, of memory that of the
+        rank which took most.
+        """
         self.memory.sample()
+        memory = of_all_ranks((self.memory.peaks, self._ledger()))
+        largest = max(range(ranks()), key=lambda k: max(peak["device"] for peak in memory[k][0].values()))
         if not self.args.no_save_model:
             self._save_model()
         self.board.close()
@@ -2354,24 +2680,37 @@ class Run:
             "seconds_to_first_step": self.seconds_to_first_step,
             "rows_per_second": progress["rows"] / seconds if seconds else None,
             "tokens_per_second": progress["tokens"] / seconds if seconds else None,
-            "memory_gib": self.memory.peaks,
+            "memory_gib": memory[largest][0],
             "skipped_updates": self.optimizer.skipped.item(),
-            "ledger_gib": self._ledger(),
+            "ledger_gib": memory[largest][1],
+            "ranks": ranks(),
+            "memory_of_rank": largest,
             "versions": versions(self.device),
         }
-        _write_whole(self.dir / "summary.json", json.dumps(summary, indent=1))
+        _write_whole(self.records / "summary.json", json.dumps(summary, indent=1))
         self.open.close()
         print_summary(summary, self.dir)
         return summary
 
     def _save_model(self):
+        """Save model and tokenizer. Of a sharded model the tensors are gathered one by one, in rank 0's host memory."""
+        state = {}
+        if ranks() > 1:
+            own = self.model.state_dict(keep_vars=True)
+            whole = {tensor: gathered(tensor) for tensor in own.values()}  # a tied one once
+            state["state_dict"] = {name: whole[tensor] for name, tensor in own.items()}
+        if rank() == 0:
+            self._write_model(state)
+        wait_for_all()
+
+    def _write_model(self, state):
         """Save model and tokenizer as model/, which has that name once it is complete."""
         final, partial = self.dir / "model", self.dir / "model.partial"
         shutil.rmtree(partial, ignore_errors=True)
         need_space(self.dir, size_in_bytes(self.model.parameters()), "the model")
         try:
             with self.at_home():
-                self.model.save_pretrained(partial, max_shard_size=SHARD)
+                self.model.save_pretrained(partial, max_shard_size=SHARD, **state)
             self.tokenizer.save_pretrained(partial)
             _flush_all(partial)
         except BaseException:
@@ -2388,15 +2727,14 @@ class Run:
 
     def _ledger(self):
         """{part: GiB} of the training phase's peak; on a GPU of the allocated bytes, on a CPU of the resident ones."""
+        here = map(local, (*self.model.parameters(), *self.model.buffers()))
         storages = {  # a slot counts once, however many layers pass through it
-            p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
-            for p in self.model.parameters()
-            if p.device == self.device
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in here if x.device == self.device
         }
         parts = {
             "weights": sum(storages.values()),
             "optimizer state": size_in_bytes(
-                v for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v)
+                local(v) for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v)
             ),
             self.gradients[0]: self.gradients[1],
         }
@@ -2456,7 +2794,8 @@ def print_summary(summary, folder):
     for e in summary["eval"]:
         title = f"epoch {e['epoch']}" if e["epoch"] else "before"
         line(title, f"{e['acc']:.2f}", f"{e['acc_norm']:.2f}", f"{e['gold_nll']:.3f}")
-    line("peak memory, GiB", "allocated", "reserved", "device")
+    most = "" if summary["ranks"] == 1 else f", rank {summary['memory_of_rank']}"  # the largest
+    line(f"peak memory, GiB{most}", "allocated", "reserved", "device")
     for phase, peak in summary["memory_gib"].items():
         line(phase, *("-" if value is None else f"{value:.2f}" for value in peak.values()))
     ledger = ", ".join(f"{name} {value:.2f}" for name, value in summary["ledger_gib"].items())

@@ -2,6 +2,7 @@
 
     python finetune_base.py --run-name X                  # Llama-3.2-1B, FP32 Adam: about 29 GB of GPU memory
     python finetune_base.py --run-name demo-base --demo   # SmolLM2-135M on a CPU, no account needed
+    torchrun --nproc-per-node 2 finetune_base.py --run-name X2  # the same on two GPUs
 
 Weights, gradients and Adam's two states are fp32: 16 bytes a parameter. On a GPU the forward pass runs under bf16
 autocast; gradients are checkpointed. `diff finetune_base.py finetune_lowmem.py` shows the memory techniques.
@@ -25,10 +26,12 @@ def precision():
 
 
 def training_loss(model, batch):
-    """Mean cross entropy over the batch's target tokens, from full logits."""
+    """Mean cross entropy over the batch's target tokens, from full logits; of several ranks this one's part of it."""
     with precision():
         logits = model(input_ids=batch.ids, use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=common.IGNORE)
+    labels = batch.labels.flatten()
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=common.IGNORE, reduction="sum")
+    return nll / batch.target_tokens
 
 
 def main(argv=None):
@@ -45,10 +48,11 @@ def main(argv=None):
     tokenizer, limit = common.load_tokenizer(args.model)
     data = common.load_data(args, tokenizer, limit)
     empty, _ = common.empty_model(args.model, torch.float32)
-    common.need_host_memory(common.size_in_bytes(empty.parameters()), f"{args.model} in fp32")
+    common.need_host_memory(common.size_in_bytes(empty.parameters()) // common.ranks(), f"{args.model} in fp32")
     model = common.load_model(args.model, torch.float32)
     trained = common.choose_trained(model, args.trained)
-    model.to(device)
+    trained = common.shard(model, trained, device, torch.float32)
+    model.to(device, torch.float32)
     head = common.Head(model)
     batch = common.small_batch(data, limit).to(device)
     common.check_causal(model, data, batch, precision)

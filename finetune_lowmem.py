@@ -2,6 +2,7 @@
 
     python finetune_lowmem.py --run-name X               # Llama-3.2-1B on one GPU
     python finetune_lowmem.py --run-name demo --demo     # SmolLM2-135M on a CPU, no account needed
+    torchrun --nproc-per-node 2 finetune_lowmem.py --run-name X2  # on two GPUs, each with half of the weights
 
 The five techniques, in the order of this file:
   1. linear cross entropy    no logits array: only target positions reach the head          `target_loss`
@@ -11,7 +12,8 @@ The five techniques, in the order of this file:
   5. small batches           8 rows; Adafactor's state is a row and a column per matrix     `main`
 Embeddings that are neither trained nor tied to the head stay in host memory (`keep_on_host`). With --memory_budget, or
 where a GPU is too small, so do decoder layers: they stream through two slots (`StreamedLayers`), the frozen head in
-pieces (`StreamedHead`), as many as do not fit (`choose_plan`).
+pieces (`StreamedHead`), as many as do not fit (`choose_plan`). Under torchrun the GPUs share the layers instead
+(`common.shard`) and the frozen head (`SharedHead`), and nothing streams.
 
 What a GPU also gets, so that CUDA takes little of it and the host never keeps it waiting: `shrink_context`,
 `leave_out_masks`, `compile_layers`, `Graphs`.
@@ -31,6 +33,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import common
@@ -193,7 +196,7 @@ def keep_on_host(model, device, head=False):
     staying = [*layers.parameters(), *layers.buffers(), *[embeddings.weight] * on_host, *[output.weight] * head]
     staying = {id(tensor) for tensor in staying}
     for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in staying:
+        if id(tensor) not in staying and not common.is_sharded(tensor):
             tensor.data = tensor.data.to(device)
     vars(embeddings).pop("forward", None)
     if on_host:
@@ -394,8 +397,24 @@ def _seconds(*copies):
     return [statistics.median(times) for times in zip(*trials, strict=True)]
 
 
-class StreamedHead(common.Head):
-    """A head that is not trained, whose weights stay in host memory and pass through the device in pieces.
+class PassingHead(common.Head):
+    """A head that is not trained, of which a device sees a piece at a time: `weight_pieces`, of a subclass."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.layer.forward = lambda hidden: torch.cat(
+            [F.linear(hidden, *part) for _, *part in self.weight_pieces()], -1
+        )
+
+    def logits(self, hidden):
+        return torch.cat([self.some_logits(hidden, *part) for _, *part in self.weight_pieces()], -1)
+
+    def log_probs(self, hidden, targets):
+        return LinearLogProbs.apply(hidden, targets, self.weight, self.bias, self)
+
+
+class StreamedHead(PassingHead):
+    """A head whose weights stay in host memory and pass through the device in pieces.
 
     Pieces take two buffers by turns; their number is even, and at the end the buffers hold the first two again.
     """
@@ -409,9 +428,6 @@ class StreamedHead(common.Head):
         self.copies, self.buffers = copies, self.weight.new_empty(2, -(-vocabulary // pieces), width, device=device)
         self.piece_rows = self.buffers.shape[1]
         self.weight.data = common.page_locked(self.weight.data, device)
-        self.layer.forward = lambda hidden: torch.cat(
-            [F.linear(hidden, *part) for _, *part in self.weight_pieces()], -1
-        )
         for k in range(2):
             self._fetch(k)
 
@@ -429,11 +445,41 @@ class StreamedHead(common.Head):
             yield part, self.piece(k)[0], None if self.bias is None else self.bias[part]
             self._fetch((k + 2) % len(self.parts))
 
-    def logits(self, hidden):
-        return torch.cat([self.some_logits(hidden, *part) for _, *part in self.weight_pieces()], -1)
 
-    def log_probs(self, hidden, targets):
-        return LinearLogProbs.apply(hidden, targets, self.weight, self.bias, self)
+class SharedHead(PassingHead):
+    """A head whose weights are dealt out: each rank's device has its rows of each piece, and gathers the others'.
+
+    The next piece comes while one is used. The whole weight stays in host memory, for the embeddings and to be saved.
+    """
+
+    def __init__(self, model, device, piece=common.PIECE):
+        super().__init__(model)
+        (vocabulary, width), ranks = self.weight.shape, common.ranks()
+        each = -(-min(vocabulary, piece // (width * self.weight.itemsize)) // ranks)
+        self.piece_rows = each * ranks
+        own = self.weight.new_zeros(-(-vocabulary // self.piece_rows), each, width, device=device)
+        for k, rows in enumerate(own):
+            start = k * self.piece_rows + common.rank() * each
+            there = self.weight.data[start : start + each]
+            rows[: len(there)] = there
+        self.layer.register_buffer("own_rows", own, persistent=False)
+        self.buffers = own.new_empty(2, self.piece_rows, width)
+
+    def _gather(self, k):
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
+        return all_gather(self.buffers[k % 2], self.layer.own_rows[k], async_op=True)
+
+    def weight_pieces(self):
+        """Yield (slice of the vocabulary, its weights on the device, its bias or None); each is used up by the next."""
+        count, vocabulary = len(self.layer.own_rows), len(self.weight)
+        coming = self._gather(0)
+        for k in range(count):
+            coming.wait()
+            if k + 1 < count:
+                coming = self._gather(k + 1)
+            part = slice(k * self.piece_rows, min((k + 1) * self.piece_rows, vocabulary))
+            weight = self.buffers[k % 2, : part.stop - part.start]
+            yield part, weight, None if self.bias is None else self.bias[part]
 
 
 @dataclass
@@ -475,6 +521,33 @@ def place(model, plan, device):
         for tensor in (*layer.buffers(), *([] if layer in streamed else layer.parameters())):
             tensor.data = tensor.data.to(device)
     return Placed(head, embeddings_on_host, copies, StreamedLayers(streamed, copies, device))
+
+
+def place_shares(model, trained, device):
+    """Deal the weights out to the devices of all ranks; return ({name: sharded parameter}, Placed).
+
+    Each rank has its rows of what is trained, and of a frozen head. Embeddings stay on the host where they can.
+    """
+    trained = common.shard(model, trained, device, torch.bfloat16)
+    for p in model.parameters():
+        if not common.is_sharded(p):
+            p.data = p.data.to(torch.bfloat16)
+    passes = can_pass(model)
+    on_host = keep_on_host(model, device, head=passes)
+    for tensor in common.decoder_layers(model).buffers():
+        tensor.data = tensor.data.to(device)
+    head, copies = SharedHead(model, device) if passes else common.Head(model), Copies(device)
+    return trained, Placed(head, on_host, copies, StreamedLayers([], copies, device))
+
+
+def can_pass(model):
+    """Whether the head's weights need not be on the device as a whole."""
+    embeddings, output = model.get_input_embeddings(), common.Head(model).layer
+    return (
+        type(output) is torch.nn.Linear
+        and not output.weight.requires_grad
+        and (embeddings.weight is not output.weight or can_stay_on_host(embeddings))
+    )
 
 
 def layers_alike(model):
@@ -524,14 +597,8 @@ def choose_plan(model, trained, batches, graphs, budget, memory, device):
     """
     if device.type != "cuda":
         return Plan(0, False)
-    layers, alike = common.decoder_layers(model), layers_alike(model)
-    embeddings, output = model.get_input_embeddings(), common.Head(model).layer
-    can_stream = (
-        type(output) is torch.nn.Linear
-        and output.weight.nbytes > 2 * common.PIECE
-        and not output.weight.requires_grad
-        and (embeddings.weight is not output.weight or can_stay_on_host(embeddings))
-    )
+    layers, alike, output = common.decoder_layers(model), layers_alike(model), model.get_output_embeddings()
+    can_stream = can_pass(model) and output.weight.nbytes > 2 * common.PIECE
     train, evaluation = batches
     with first_layers(model, 1 + max((list(layers).index(layer) for layer in alike[:SLOTS]), default=0)) as few:
         placed = place(model, Plan(0, can_stream), device)
@@ -704,7 +771,12 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         gc.disable()  # objects of CUDA, or locked host memory, that are freed meanwhile can end the capture
         try:
-            with advise_no_compile(), torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
+            with (
+                advise_no_compile(),
+                torch.cuda.graph(
+                    graph, pool=self.pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+                ),
+            ):
                 return graph, inputs, self.function(inputs)
         finally:
             gc.enable()
@@ -808,6 +880,8 @@ def check_techniques(model, head, trained, optimizer, batch, on_host):
         problems.append("linear cross entropy is off")
     if on_host and model.get_input_embeddings().weight.is_cuda:
         problems.append("untrained embeddings are on the GPU")
+    if wrong := [name for name, p in trained.items() if common.ranks() > 1 and not common.is_sharded(p)]:
+        problems.append(f"{wrong[0]} is not sharded")
     if problems:
         raise common.UserError(f"{type(model).__name__} cannot be trained in low memory: {problems[0]}")
 
@@ -864,10 +938,13 @@ def load(args, data, limit, memory, device):
     budget = 0.98 * memory.total
     if args.memory_budget:
         budget = min(budget, args.memory_budget * common.GIB)
-    check_host_memory(args.model, budget if device.type == "cuda" else 0)
+    if common.ranks() == 1:
+        check_host_memory(args.model, budget if device.type == "cuda" else 0)
     model = common.load_model(args.model, torch.bfloat16)
     trained = common.choose_trained(model, args.trained)
     leave_out_masks(model, longest=common.longest_sequence(data))
+    if common.ranks() > 1:
+        return model, *place_shares(model, trained, device), 1024
     common.checkpoint_activations(model)
     evaluated = [s for row in data[1] for s in row.sequences]
     largest = common.largest_batch(data[0] or evaluated, args.batch_size, PAD_TO, limit)
@@ -894,7 +971,7 @@ def graphs_pay(steps, evaluations):
 
 def as_graphs(step, log_probs_of, model, optimizer, args, data, limit, eval_tokens, device):
     """(step, log_probs_of) as CUDA graphs, the layers compiled, as far as that pays; None if it does not pay at all."""
-    steps, evaluations = common.planned_work(args, data, eval_tokens)
+    steps, evaluations = common.planned_work(args, data, eval_tokens * common.ranks())
     if not graphs_pay(steps, evaluations):
         print(f"{steps} steps and {evaluations} evaluation batches are too few for CUDA graphs to pay: as --no_compile")
         return None
@@ -902,11 +979,11 @@ def as_graphs(step, log_probs_of, model, optimizer, args, data, limit, eval_toke
         compile_layers(model)
         log_probs_of = torch.compiler.set_stance("force_eager")(log_probs_of)  # not worth a second compilation
     print(f"{steps} steps as CUDA graphs, decoder layers {'compiled' if steps >= COMPILING_PAYS else 'not compiled'}")
-    rows = min(args.batch_size, len(data[0]))
+    rows = -(-min(args.batch_size, len(data[0])) // common.ranks())
     warm_up(step, optimizer, rows, common.padded_lengths(data[0], PAD_TO, limit), device)
     pool = torch.cuda.graph_pool_handle()
     step, log_probs_of = Graphs(step, pool, rows=rows), Graphs(log_probs_of, pool)
-    for chosen in common.evaluation_order(data[1], eval_tokens, PAD_TO):
+    for chosen in common.evaluation_order(data[1], eval_tokens * common.ranks(), PAD_TO):
         log_probs_of.expect(*common.batch_shape([data[1][r].sequences[e] for r, e in chosen], PAD_TO, limit))
     return step, log_probs_of
 
@@ -915,6 +992,11 @@ def main(argv=None):
     args = parse(argv)
     if args.memory_budget and not torch.cuda.is_available():
         raise common.UserError("--memory_budget is for a GPU, and there is none here: leave it out")
+    if args.memory_budget and common.ranks() > 1:
+        raise common.UserError(
+            "--memory_budget is for one GPU: of several each holds its part of the weights, and nothing streams; leave "
+            "it out, and let torchrun start more processes if memory runs out (--nproc-per-node)"
+        )
     device = common.set_up(args)
     on_gpu = device.type == "cuda"
     if on_gpu:

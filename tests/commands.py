@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -46,18 +47,36 @@ class Commands:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, script, *argv, first=""):
-        """Start `script argv` and return it as a `Command`. first: Python code that runs before the script does."""
+    def start(self, script, *argv, first="", env=None):
+        """Start `script argv` and return it as a `Command`. first: Python code that runs before the script does; env:
+        what is added to the environment.
+        """
         self.count += 1
         streams = [str(self.folder / f"{self.count}.{stream}") for stream in ("out", "err")]
         for stream in streams:
             Path(stream).touch()
         argv = [str(a) for a in argv]
-        return Command(self, self.ask(script=script, argv=argv, streams=streams, first=first), *map(Path, streams))
+        request = {"script": script, "argv": argv, "streams": streams, "first": first, "env": env or {}}
+        return Command(self, self.ask(**request), *map(Path, streams))
 
     def run(self, script, *argv, first=""):
         """(exit code, stdout, stderr); minus the signal's number where one ended the process."""
         return self.start(script, *argv, first=first).wait()
+
+    def start_ranks(self, count, script, *argv, first=""):
+        """Start `script argv` as `count` ranks, with what torchrun puts into the environment of each."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [
+            self.start(script, *argv, first=first, env=common | {"RANK": rank, "LOCAL_RANK": rank})
+            for rank in range(count)
+        ]
+
+    def run_ranks(self, count, script, *argv, first=""):
+        """[(exit code, stdout, stderr)] of each rank."""
+        return [command.wait() for command in self.start_ranks(count, script, *argv, first=first)]
 
     def close(self):
         self.server.stdin.close()
@@ -108,6 +127,7 @@ def serve():
     for number, path in enumerate(request["streams"], 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update({name: str(value) for name, value in request["env"].items()})
     sys.argv = [f"{request['script']}.py", *request["argv"]]
     code = 1
     try:

@@ -83,7 +83,7 @@ REAL_MODEL_CASES = {  # with the demo's SmolLM2, read from --tokenizer
     for name, (script, flags) in METHODS.items()
 }
 
-UPDATE_KERNELS = ["_square_sums", "_running_means", "_norms", "_step", "_vector_update"]  # of common
+UPDATE_KERNELS = ["_square_sums", "_running_means", "_norms", "_step", "_vector_sums", "_vector_step"]  # of common
 ALL_CASES = CASES | BUDGETS | REAL_MODEL_CASES
 YARDSTICKS = {  # whose losses are compared with whose
     "low-memory 1B": "low-memory 1B, --no_compile",
