@@ -548,7 +548,7 @@ def shard(model, trained, device, dtype):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    stand_in = {p: torch.nn.Parameter(torch.empty_like(p, device="meta", dtype=dtype)) for p in trained.values()}
+    stand_in = {p: torch.nn.Parameter(torch.empty(p.shape, device="meta", dtype=dtype)) for p in trained.values()}
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             if p in stand_in:
@@ -2547,7 +2547,7 @@ class Run:
         Raises UserError after BAD_STEPS steps in a row that left out updates.
         """
         progress, skipped = self.progress, self.optimizer.skipped
-        loss = sum_over_ranks(loss.detach().float())
+        loss = sum_over_ranks(loss.detach().float().clone())
         self.losses += torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]), 0)
         self.bad_steps.add_(1).mul_(skipped > self.skipped)
         self.skipped.copy_(skipped)

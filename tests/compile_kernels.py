@@ -22,7 +22,10 @@ KERNELS = {  # as `fused_adafactor_update` and `rows_from_host` launch them on b
     "_vector_step": {"STOCHASTIC": True, "BLOCK": 2**13},
     "_copy_rows": {"BLOCK": 1024},
 }
-TYPES = {"i32": ["R", "C", "n", "whole", "width", *common._COUNTS], "fp32": ["divisor", "beta2_rest", "tiny", "least_norm"]}
+TYPES = {
+    "i32": ["R", "C", "n", "whole", "width", *common._COUNTS],
+    "fp32": ["divisor", "beta2_rest", "tiny", "least_norm"],
+}
 TYPES |= {"*bf16": ["p", "g", "table", "out"], "*i32": ["count"], "*i64": ["skipped", "ids"]}
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names}
 

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 INDEPENDENT_NOISE = [  # of each update
     (
         "common.py",
-        "_random_words(at, updates // 2, number, seed), 0xFFFF * (updates % 2)",
-        "_random_words(at, updates, number, seed), 0",
+        "_random_words(at, updates // 2, number, part, seed), 0xFFFF * (updates % 2)",
+        "_random_words(at, updates, number, part, seed), 0",
     )
 ]
 FOR_GPUS = ("common.py", "if not self.fused:", 'if not self.fused:\n            raise ValueError("for GPUs alone")')
@@ -28,7 +28,7 @@ BETA2_WITHOUT_BIAS = [  # `seen`: what the second moment over 1,000 steps, which
         ("common.py", totals, f"{totals}\n    seen = 1 - tl.exp({updates}.to(tl.float32) * {math.log(0.999)})")
         for totals, updates in [
             ("u_square, p_square = _total(u_squares, tiles), _total(p_squares, tiles)", "tl.load(count)"),
-            ("u_square, p_square = tl.sum(u_squares), tl.sum(p_squares)", "updates"),
+            ("u_square, p_square = tl.load(sums + 1), tl.load(sums + 2)", "updates"),
         ]
     ),
     FOR_GPUS,
@@ -64,7 +64,7 @@ UNFACTORED = [  # a second moment for each weight: what the update takes for the
     FOR_GPUS,
 ]
 MASTER_WEIGHTS = [  # fp32 ones are updated, and rounded to the nearest bf16 for the model: no step is lost, none random
-    ("common.py", "is_vector = _as_matrix(p).shape[1] == 1", "is_vector = False"),
+    ("common.py", "is_vector = _as_matrix(local(p)).shape[1] == 1", "is_vector = False"),
     (
         "common.py",
         "        self.skipped.zero_()",
@@ -79,8 +79,8 @@ MASTER_WEIGHTS = [  # fp32 ones are updated, and rounded to the nearest bf16 for
     ),
     (
         "common.py",
-        "            fused_adafactor_update(*args, rounding, **noise)",
-        """            fused_adafactor_update(*args, rounding, **noise)
+        "            fused_adafactor_update(*args, rounding, **noise, whole=whole)",
+        """            fused_adafactor_update(*args, rounding, **noise, whole=whole)
         p.copy_(args[0].view_as(p))""",
     ),
     # the start-up check would find that stochastic rounding is off
@@ -131,8 +131,8 @@ VARIANTS = {  # name: (script, [(file, text, text instead)])
         "finetune_lowmem",
         [
             *INDEPENDENT_NOISE,
-            ("common.py", "is_vector = _as_matrix(p).shape[1] == 1", "is_vector = False"),
-            ("common.py", "if args[0].shape[1] == 1:", "if False:"),
+            ("common.py", "is_vector = _as_matrix(local(p)).shape[1] == 1", "is_vector = False"),
+            ("common.py", "if own.shape[1] == 1:", "if False:"),
         ],
     ),
     "slow-vectors": (  # a tenth of the rate for norms' gains and biases
@@ -163,7 +163,9 @@ VARIANTS = {  # name: (script, [(file, text, text instead)])
                 "finetune_base.py",
                 """    with precision():
         logits = model(input_ids=batch.ids, use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=common.IGNORE)
+    labels = batch.labels.flatten()
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), labels, ignore_index=common.IGNORE, reduction="sum")
+    return nll / batch.target_tokens
 """,
                 """    import finetune_lowmem
     hidden = common.hidden_states(model, batch, precision)

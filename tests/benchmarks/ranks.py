@@ -1,0 +1,180 @@
+"""Memory, speed and loss of finetune_lowmem.py on one and on several GPUs: exact Llama shapes, random weights, real rows.
+
+    python tests/benchmarks/ranks.py --tokenizer MODEL_FOLDER --dataset DATASET_FOLDER --out results.json
+
+As gpu.py, whose parts it uses: each case is the real script, in a process for each GPU. Layers are not compiled, as in a
+run of fewer than 8,000 steps. Of several ranks the layers' random weights are made on each GPU, since two copies of a 32B
+model do not fit the host; the 1B cases, whose losses are compared, have the same weights.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import gpu
+import torch
+
+import common
+import finetune_lowmem
+
+AS_IT_IS = {"NCCL_BUFFSIZE": "4194304", "NCCL_LL_BUFFSIZE": "262144", "NCCL_LL128_BUFFSIZE": "5242880", "NCCL_MAX_CTAS": "32"}  # fmt: skip
+# name: (GPUs, shape, flags, (steps before timing, timed, profiled), GiB that each card may have or None, environment)
+CASES = {
+    "1B, one GPU": (1, "1B", [], (64, 136, 0), None, {}),
+    "1B, one GPU, other rounding noise": (1, "1B", [], (64, 136, 0), None, {}),
+    "1B, two GPUs": (2, "1B", [], (64, 136, 0), None, {}),
+    "8B, one GPU": (1, "8B", [], (64, 32, 0), None, {}),
+    "8B, two GPUs": (2, "8B", [], (64, 32, 0), None, {}),
+    "8B, one GPU, batch 32": (1, "8B", ["--batch_size", "32"], (64, 32, 0), None, {}),
+    "8B, two GPUs, batch 32": (2, "8B", ["--batch_size", "32"], (64, 32, 8), None, {}),
+    "8B, two GPUs, batch 32, NCCL as it is": (2, "8B", ["--batch_size", "32"], (64, 32, 0), None, AS_IT_IS),
+    "8B, two GPUs, batch 32, --no_compile": (2, "8B", ["--batch_size", "32", "--no_compile"], (8, 16, 0), None, {}),
+    "32B, two GPUs": (2, "32B", ["--eval_rows", "40"], (12, 12, 0), 40, {}),
+}
+CONTEXT = 1.7  # GiB of a capped card that PyTorch does not count: CUDA, graphs, NCCL
+
+
+def random_shares(name, dtype):
+    """Stands in for common.load_model: of layers only shapes, whose weights `shard` then makes on the GPU."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    layers = set(model.model.layers.parameters())
+    for module in model.modules():
+        for key, p in list(module.named_parameters(recurse=False)):
+            here = torch.ones((), dtype=dtype).expand(p.shape)  # takes no memory
+            if p not in layers:
+                here = here.clone(memory_format=torch.contiguous_format)
+            if p.ndim > 1 and p not in layers:
+                here = (0.02 * torch.randn(p.shape, dtype=dtype, device="cuda")).cpu()
+            module.register_parameter(key, torch.nn.Parameter(here))
+    plain = common.shard
+
+    def shard(*args):
+        sharded = plain(*args)
+        generator = torch.Generator("cuda").manual_seed(1 + common.rank())
+        for p in sharded.values():
+            if p.ndim > 1:
+                common.local(p).normal_(0, 0.02, generator=generator)
+        return sharded
+
+    common.shard = shard
+    return model
+
+
+def worker(name, args):
+    """Run one case's rank in this process; rank 0 writes the result."""
+    gpus, shape, flags, (before, timed, profiled), cap, _ = CASES[name]
+    stopwatch = gpu.Stopwatch(before, timed, profiled)
+    common.save_checkpoint = lambda *args: None
+    finetune_lowmem.GRAPHS_PAY, finetune_lowmem.COMPILING_PAYS = 0, 10**9  # as in a run of 65 to 7,999 steps
+    common.load_model = random_shares if gpus > 1 and shape != "1B" else gpu.random_model
+    plain = common.Adafactor
+    common.Adafactor = lambda *a, **k: plain(*a, **k | ({"seed": 1} if "other rounding noise" in name else {}))
+    if cap:
+        total = torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction((cap - CONTEXT) * common.GIB / total)
+    argv = [
+        "--run-name",
+        "x",
+        "--output_dir",
+        args.folder,
+        "--model",
+        f"{args.folder}/model",
+        "--dataset",
+        args.dataset,
+    ]
+    argv += ["--eval_rows", "200", "--log_every", "20", "--no_save_model", "--schedule", "constant"]
+    summary = finetune_lowmem.main([*argv, "--max_steps", str(before + timed + profiled), *flags])
+    if common.rank() == 0:
+        kept = (
+            "memory_gib",
+            "memory_of_rank",
+            "ledger_gib",
+            "eval",
+            "seconds_to_first_step",
+            "skipped_updates",
+            "versions",
+        )
+        result = {"case": name, "commit": args.commit, "gpus": gpus, "batch_size": summary["args"]["batch_size"]}
+        result |= {"cap_gib": cap} | stopwatch.result() | {key: summary[key] for key in kept}
+        Path(args.folder, "result.json").write_text(json.dumps(result | {"machine": gpu.machine()}))
+
+
+def compare(cases):
+    """Lines: throughput of two GPUs over one, and how far apart the losses of the 1B runs are."""
+    found = {case["case"]: case for case in cases if "failed" not in case}
+    for name in ("8B, two GPUs", "8B, two GPUs, batch 32", "8B, two GPUs, batch 32, NCCL as it is"):
+        one = name.split(", NCCL")[0].replace("two GPUs", "one GPU")
+        if {name, one} <= found.keys():
+            ratio = found[name]["rows_per_second"] / found[one]["rows_per_second"]
+            yield f"{name}: {ratio:.2f} times the rows/s of {one}"
+    one, noise, two = (found.get(f"1B, {rest}") for rest in ("one GPU", "one GPU, other rounding noise", "two GPUs"))
+    if one and noise and two:
+        for name, other in (("two GPUs", two), ("other rounding noise", noise)):
+            differences = [a - b for a, b in zip(other["losses"], one["losses"], strict=True)]
+            last = differences[-50:]
+            yield (
+                f"1B, {name} minus one GPU, loss in nats: mean of {len(differences)} steps {statistics.mean(differences):.4f}, "
+                f"of the last 50 {statistics.mean(last):.4f}, largest {max(map(abs, differences)):.4f}"
+            )
+            nll = other["eval"][-1]["gold_nll"] - one["eval"][-1]["gold_nll"]
+            yield f"1B, {name} minus one GPU, held-out gold NLL after the last step: {nll:.4f}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--out", required=True, help="JSON; cases that it already holds are replaced, others kept")
+    parser.add_argument("--commit", default=gpu.commit(), help="recorded in the results; asked of git if left out")
+    parser.add_argument("--only", nargs="+", default=[*CASES], choices=[*CASES])
+    parser.add_argument("--case", choices=[*CASES], help="run this case's rank in this process")
+    parser.add_argument("--folder", help="of --case")
+    args = parser.parse_args()
+    if args.case:
+        common.run_command(lambda: worker(args.case, args))
+        return
+    out = Path(args.out)
+    found = json.loads(out.read_text()) if out.exists() else {"cases": []}
+    print(
+        f"{'':40}{'batch':>6}{'allocated':>10}{'reserved':>9}{'device':>8}{'(eval)':>8}{'rows/s':>8}{'ms/step':>8}{'first':>6}"
+    )
+    for case in args.only:
+        gpus, shape, *_, environment = CASES[case]
+        with tempfile.TemporaryDirectory() as folder:
+            gpu.make_folder(shape, args.tokenizer, Path(folder, "model"))
+            start = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus)] if gpus > 1 else []
+            command = [sys.executable, *start, __file__, *sys.argv[1:], "--case", case, "--folder", folder]
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+            file = Path(folder, "result.json")
+            result = json.loads(file.read_text()) if file.exists() else {"case": case, "commit": args.commit}
+        if done.returncode:
+            print(f"{case} failed:\n{done.stdout[-1500:]}\n{done.stderr[-4000:]}", flush=True)
+            result["failed"] = done.stderr[-300:]
+        found["cases"] = [c for c in found["cases"] if c["case"] != case] + [result]
+        out.write_text(json.dumps(found, indent=1))
+        if not done.returncode:
+            train, evaluation = result["memory_gib"]["train"], result["memory_gib"]["eval"]
+            print(
+                f"{case:<40}{result['batch_size']:>6}{train['allocated']:>10.2f}{train['reserved']:>9.2f}"
+                f"{train['device']:>8.2f}{evaluation['device']:>8.2f}{result['rows_per_second']:>8.1f}"
+                f"{result['ms_per_step']:>8.1f}{result['seconds_to_first_step']:>6.0f}",
+                flush=True,
+            )
+    print(*compare(found["cases"]), sep="\n")
+    if any("failed" in c for c in found["cases"] if c["case"] in args.only):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

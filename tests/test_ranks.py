@@ -1,0 +1,395 @@
+"""Several ranks, on a CPU with gloo: the same runs as one process, and how they end. python -m pytest tests/test_ranks.py"""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT, after_each_step
+from safetensors import safe_open
+from test_adafactor import truth
+from test_cli import lines, weights
+from test_faults import has_lines, last_line, timeless, wait_until
+
+import common
+
+both_scripts = pytest.mark.parametrize("script", ["finetune_base", "finetune_lowmem"])
+
+
+@pytest.fixture
+def run(tmp_path, model_folder, dataset_folder, commands):
+    """run(ranks, script, name, *flags) -> its folder; all ranks end well, and those above 0 say nothing."""
+
+    def go(ranks, script, name, *flags, architecture="llama", first=""):
+        argv = ["--run-name", name, "--output_dir", tmp_path, "--model", model_folder(architecture)]
+        argv += ["--dataset", dataset_folder, "--batch_size", 8, "--log_every", 1, "--lr", "1e-3", *flags]
+        if ranks == 1:
+            ended = [commands.run(script, *argv, first=first)]
+        else:
+            ended = commands.run_ranks(ranks, script, *argv, first=first)
+        assert [code for code, _, _ in ended] == [0] * ranks, "\n".join(err[-2000:] for _, _, err in ended)
+        assert ended[1:] == [(0, "", "")] * (ranks - 1)
+        return tmp_path / name
+
+    return go
+
+
+def difference(a, b):
+    """Largest over the saved tensors: norm of the difference over norm, in fp64."""
+    a, b = weights(a / "model"), weights(b / "model")
+    assert a.keys() == b.keys()
+    assert all(a[name].dtype == b[name].dtype for name in a)
+    return max(((a[name].double() - b[name].double()).norm() / a[name].double().norm()).item() for name in a)
+
+
+def scores(folder, epoch):
+    return torch.tensor([row["loglikelihoods"] for row in lines(folder / f"eval_epoch{epoch}.jsonl")])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The update of sharded tensors
+
+
+def as_ranks(count, work, monkeypatch):
+    """[work(rank) for each rank], in threads of which one runs at a time; sums over ranks are common's no more."""
+    turn, ready, own = threading.Lock(), threading.Barrier(count), threading.local()
+    sums, results, failed = {}, [None] * count, []
+
+    def sum_over_ranks(tensor):
+        sums[own.rank] = tensor.clone()
+        turn.release()
+        ready.wait()
+        with turn:
+            tensor.copy_(sum(sums[k] for k in range(count)))
+        ready.wait()  # until all have read
+        turn.acquire()
+        return tensor
+
+    def one(rank):
+        own.rank = rank
+        with turn:
+            try:
+                results[rank] = work(rank)
+            except BaseException as error:
+                failed.append(error)
+                ready.abort()
+                raise
+
+    monkeypatch.setattr(common, "sum_over_ranks", sum_over_ranks)
+    monkeypatch.setattr(common, "rank", lambda: own.rank)
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed, failed
+    return results
+
+
+def update_kernels(p, state, g, lr, whole, dtype):
+    """One update by the kernels of p [R, C], a rank's rows of `whole`, in place."""
+    where = {"count": state["count"], "number": 0, "seed": 0, "skipped": state["skipped"], "whole": whole}
+    args = [p, g, state["row"], state["col"], torch.tensor(lr), 0.99]
+    if p.shape[1] == 1:
+        common.fused_vector_update(
+            *args, **where, compensation=state["compensation"] if dtype != torch.float32 else None
+        )
+    else:
+        common.fused_adafactor_update(*args, "stochastic", **where)
+
+
+def shards(x, count):
+    each = -(-len(x) // count)
+    return [x[k * each : (k + 1) * each].clone() for k in range(count)]
+
+
+@pytest.mark.parametrize("bad", [False, True])
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("shape", [(40, 30), (9, 700), (130, 5), (41, 1), (4, 1)], ids=str)
+def test_kernels_on_shards_equal_fp64_truth(shape, count, bad, monkeypatch):
+    """Interpreted on a CPU. bad: one rank's gradient is not finite at the last step, which then moves nothing anywhere."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), [torch.randn(shape) * torch.rand(shape) for _ in range(3)]
+    expected, state = start.double(), {}
+    for g in gradients[: 2 if bad else 3]:
+        if shape[1] == 1:  # the truth has vectors unfactored
+            expected = truth(expected[:, 0], g[:, 0], state, lr=1e-2)[:, None]
+        else:
+            expected = truth(expected, g, state, lr=1e-2)
+    if bad:
+        gradients[2][-1, -1] = math.nan
+
+    def work(rank):
+        p, state = shards(start, count)[rank], {"skipped": torch.zeros((), dtype=torch.int64)}
+        state |= {"row": torch.zeros(len(p)), "col": torch.zeros(shape[1]), "count": torch.zeros((), dtype=torch.int32)}
+        for g in gradients:
+            update_kernels(p, state, shards(g, count)[rank], 1e-2, len(start), torch.float32)
+        return p, state
+
+    results = as_ranks(count, work, monkeypatch)
+    found = torch.cat([p for p, _ in results])
+    assert (found.double() - expected).abs().max() < 2e-5  # as for a whole tensor, in test_adafactor.py
+    assert all(state["skipped"] == bad and state["count"] == 3 for _, state in results)
+    assert all(torch.equal(state["col"], results[0][1]["col"]) for _, state in results)
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (64, 1)], ids=str)
+def test_shards_of_equal_weights_round_differently(shape, monkeypatch):
+    """Two ranks whose parts are equal: with common noise the updated parts would be equal too."""
+    pytest.importorskip("triton")
+    p, g = (torch.ones(shape, dtype=torch.bfloat16) for _ in range(2))
+
+    def work(rank):
+        part, state = shards(p, 2)[rank], {"skipped": torch.zeros((), dtype=torch.int64)}
+        state |= {name: torch.zeros(n) for name, n in zip(("row", "col"), part.shape, strict=True)}
+        state |= {"compensation": torch.zeros(len(part)), "count": torch.zeros((), dtype=torch.int32)}
+        update_kernels(part, state, shards(g, 2)[rank], 2e-3, len(p), torch.bfloat16)  # half an ulp of 2^-8 below 1
+        return part
+
+    first, second = as_ranks(2, work, monkeypatch)
+    assert (
+        0.2 < (first != second).float().mean() < 0.8
+    )  # a half, 5 standard deviations of 32 draws are 0.44 ... of 1024 0.08
+    assert {*first.flatten().tolist(), *second.flatten().tolist()} == {1.0, 1 - 2**-8}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_eager_update_of_shards_is_that_of_the_whole(count, commands):
+    """To fp32's error: before rounding, of tensors of all kinds, with fewer rows than ranks, with one bad gradient."""
+    (code, out, err), *others = commands.run_ranks(count, "tests/update_of_shards")
+    assert code == 0, err + "".join(e for _, _, e in others)
+    errors = json.loads(out.splitlines()[-1])
+    assert len(errors) == 8 * 2 * 2
+    assert max(errors.values()) < 5e-5, errors  # seen: 2.4e-5 of the largest step, a few ulp of the weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches and evaluation
+
+
+@pytest.mark.parametrize(("rows", "ranks"), [(8, 2), (7, 2), (5, 3), (1, 2), (2, 3), (8, 1)])
+def test_a_batch_is_dealt_out_once_and_evenly(rows, ranks, monkeypatch):
+    sequences = [common.Sequence(list(range(1, 5 + 3 * k)), targets=2 + k) for k in range(rows)]
+    batch = common.collate(sequences, limit=100)
+    monkeypatch.setattr(common, "ranks", lambda: ranks)
+    seen, total, shapes = [], 0.0, set()
+    for rank in range(ranks):
+        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
+        share = batch.share()
+        assert (share.rows, share.tokens, share.target_tokens) == (batch.rows, batch.tokens, batch.target_tokens)
+        shapes.add((*share.ids.shape, len(share.targets)))
+        real = share.weights > 0
+        assert torch.equal(share.weights[real], torch.full((real.sum(),), 1 / batch.target_tokens))
+        assert torch.equal(share.ids.flatten()[share.positions] != 0, real | (share.ids[0, 0] != 0))
+        total += share.weights.sum().item()
+        seen += [tuple(row) for row in share.ids.tolist() if any(row)]
+    assert total == pytest.approx(1)
+    assert sorted(seen) == sorted(tuple(row) for row in batch.ids.tolist())
+    assert shapes == {common.batch_shape(sequences, 8, 100)}
+
+
+@both_scripts
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gemma2", "phi"])
+def test_evaluation_scores_each_row_as_one_process_does(script, architecture, run):
+    one, three = (run(n, script, f"{n}", "--epochs", 0, architecture=architecture) for n in (1, 3))
+    for a, b in zip(lines(one / "eval_epoch0.jsonl"), lines(three / "eval_epoch0.jsonl"), strict=True):
+        assert (a["ind"], a["label"], a["chars"]) == (b["ind"], b["label"], b["chars"])
+    assert (scores(one, 0) - scores(three, 0)).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+@pytest.mark.parametrize("trained", ["layers", "all"])
+@pytest.mark.parametrize(
+    ("architecture", "optimizer"), [("llama", "Adam"), ("llama-tied", "Adafactor"), ("gemma2", "SGD")]
+)
+def test_the_baseline_is_that_of_one_process(architecture, optimizer, trained, run):
+    """To fp32's error, over 10 steps, an uneven last batch of 4 rows and an epoch's end among them."""
+    flags = ["--max_steps", 10, "--optimizer", optimizer, "--trained", trained]
+    one, two = (run(n, "finetune_base", f"{n}", *flags, architecture=architecture) for n in (1, 2))
+    assert difference(one, two) < 1e-6  # seen: 3e-7; 10 steps of Adam move 1e-2
+    for a, b in zip(lines(one / "metrics.jsonl"), lines(two / "metrics.jsonl"), strict=True):
+        assert a.keys() == b.keys()
+        if "train_loss" in a:
+            assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+    a, b = (json.loads((folder / "summary.json").read_text()) for folder in (one, two))
+    for name in ("trained_params", "total_params", "steps", "rows", "target_tokens"):
+        assert a[name] == b[name]
+    assert (a["ranks"], b["ranks"]) == (1, 2)
+    assert b["memory_of_rank"] in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "trained"),
+    [("llama", "layers"), ("llama", "all"), ("llama-tied", "layers"), ("llama-tied", "all"), ("gemma2", "layers")],
+)
+def test_low_memory_is_that_of_one_process_within_rounding_noise(architecture, trained, run):
+    """As far from it as one process is from another that rounds with other noise; the first steps' losses agree."""
+    flags = ["--max_steps", 10, "--trained", trained]
+    other = "import common\nplain = common.Adafactor\ncommon.Adafactor = lambda *a, **k: plain(*a, **k | {'seed': 7})"
+    one, two = (run(n, "finetune_lowmem", f"{n}", *flags, architecture=architecture) for n in (1, 2))
+    noise = difference(one, run(1, "finetune_lowmem", "other", *flags, architecture=architecture, first=other))
+    assert 0 < difference(one, two) < 1.5 * noise
+    a, b = (
+        [line["train_loss"] for line in lines(folder / "metrics.jsonl") if "train_loss" in line]
+        for folder in (one, two)
+    )
+    assert a[0] == pytest.approx(b[0], rel=1e-3)  # bf16, of which two ranks add up halves
+    assert a == pytest.approx(b, rel=2e-2)
+
+
+@both_scripts
+def test_more_ranks_than_rows(script, run):
+    flags = ["--batch_size", 1, "--train_rows", 3, "--epochs", 1, "--eval_rows", 1, "--nostround"]
+    flags = flags[: -1 if script == "finetune_base" else None]
+    one, three = (run(n, script, f"{n}", *flags) for n in (1, 3))
+    assert difference(one, three) < (1e-6 if script == "finetune_base" else 5e-3)
+
+
+def test_the_run_folder_is_that_of_one_process(run):
+    one, two = (run(n, "finetune_lowmem", f"{n}", "--max_steps", 3) for n in (1, 2))
+    names = [sorted(f.name for f in folder.iterdir() if not f.name.startswith("events")) for folder in (one, two)]
+    assert names[0] == names[1]
+    saved = [sorted(f.name for f in (folder / "model").iterdir()) for folder in (one, two)]
+    assert saved[0] == saved[1]
+    assert (one / "model" / "config.json").read_text() == (two / "model" / "config.json").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@pytest.mark.parametrize(
+    ("script", "before", "after"),
+    [(script, *ranks) for script in ("finetune_base", "finetune_lowmem") for ranks in [(2, 1), (1, 2)]]
+    + [("finetune_base", 2, 3), ("finetune_lowmem", 2, 2)],
+)
+def test_a_checkpoint_goes_on_with_another_number_of_ranks(script, before, after, run):
+    flags = ["--schedule", "constant", "--save_every", 3]
+    straight = run(after, script, "straight", *flags, "--max_steps", 10)
+    parts = run(before, script, "parts", *flags, "--max_steps", 5)
+    files = sorted(f.name for f in (parts / "checkpoint" / "step-5").glob("*.safetensors"))
+    if before == 2:  # each rank's part of each matrix is a half
+        for file in files:
+            with safe_open(parts / "checkpoint" / "step-5" / file, "pt") as tensors:
+                name = next(name for name in tensors.keys() if name.endswith("down_proj.weight"))  # noqa: SIM118
+                assert tensors.get_slice(name).get_shape() == [16, 64]
+        assert len(files) == 2
+    run(after, script, "parts", *flags, "--max_steps", 10, "--resume")
+    if before == after:
+        assert timeless(straight) == timeless(parts)
+        assert difference(straight, parts) == 0
+    else:
+        assert difference(straight, parts) < (1e-6 if script == "finetune_base" else 2e-2)
+        assert [line["step"] for line in timeless(straight)] == [line["step"] for line in timeless(parts)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How jobs end, under torchrun itself
+
+
+@pytest.fixture
+def torchrun(tmp_path, model_folder, dataset_folder):
+    """torchrun(script, *flags, first="", ranks=2) -> Popen of torchrun, in a session of its own."""
+    started = []
+
+    def go(script, *flags, first="", ranks=2):
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{first}\nimport common, {script}\n"
+        code += f"common.run_command({script}.main)"
+        argv = ["--model", model_folder(), "--dataset", dataset_folder, "--output_dir", tmp_path, "--run-name", "r"]
+        argv += ["--batch_size", 8, "--log_every", 1, "--lr", "1e-3", "--epochs", 10**6, *flags]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-port", 0]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--no-python"]
+        command += [sys.executable, "-c", code, *argv]
+        variables = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        variables.pop("TRITON_INTERPRET", None)
+        started.append(
+            subprocess.Popen(
+                list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables,
+                start_new_session=True,
+            )
+        )  # fmt: skip
+        return started[-1]
+
+    yield go
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def ended(process, seconds=60):
+    """(its own error lines, all of stderr) of a job that must end within `seconds`."""
+    _, err = process.communicate(timeout=seconds)
+    assert process.returncode == 1
+    return [line for line in err.splitlines() if re.match("(error|interrupted): ", line)], err
+
+
+def ranks_of(process):
+    """{rank: pid} of the processes that this torchrun has started."""
+    found = {}
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found |= {int(v[5:]): int(child) for v in variables if v.startswith(b"RANK=")}
+    return found
+
+
+class Running:
+    """What `wait_until` asks."""
+
+    def __init__(self, process):
+        self.running = lambda: process.poll() is None
+
+
+def test_a_killed_rank_ends_the_job_and_it_goes_on(torchrun, tmp_path, run):
+    flags = ["--save_every", 2, "--schedule", "constant"]
+    process = torchrun("finetune_lowmem", *flags)
+    assert wait_until(has_lines(tmp_path / "r", 5), Running(process), 120)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    said, err = ended(process)
+    assert len(said) == 1, err
+    saved = int(re.search(r"the same command with --resume goes on from step (\d+)$", said[0])[1])
+    assert common.last_checkpoint(tmp_path / "r").name == f"step-{saved}"
+    run(1, "finetune_lowmem", "r", *flags, "--resume", "--epochs", saved, "--max_steps", saved + 1)
+    assert [line["step"] for line in lines(tmp_path / "r" / "metrics.jsonl") if "lr" in line] == [*range(1, saved + 2)]
+
+
+def test_an_error_of_one_rank_is_the_jobs(torchrun, tmp_path):
+    fault = after_each_step("if step == 3 and common.rank() == 1: raise common.UserError('rank 1 fails')")
+    said, err = ended(torchrun("finetune_lowmem", first=fault), 120)
+    assert said == ["error: rank 1 fails"], err
+    assert err.count("Traceback") == 1  # torchrun's own
+
+
+def test_an_error_of_all_ranks_is_said_once(torchrun, tmp_path):
+    (tmp_path / "r").mkdir()
+    said, err = ended(torchrun("finetune_lowmem"), 120)
+    assert len(said) == 1, err
+    assert "exists: take another --run-name" in said[0]
+
+
+def test_a_signal_to_one_rank_ends_all_after_the_same_step(torchrun, tmp_path):
+    process = torchrun("finetune_base")
+    assert wait_until(has_lines(tmp_path / "r", 5), Running(process), 120)
+    os.kill(ranks_of(process)[1], signal.SIGTERM)
+    said, err = ended(process)
+    assert len(said) == 1, err
+    step = int(re.fullmatch(r"interrupted: the same command with --resume goes on from step (\d+)", said[0])[1])
+    assert common.last_checkpoint(tmp_path / "r").name == f"step-{step}"
+
+
+def test_a_budget_is_refused_by_name(commands, model_folder, dataset_folder, tmp_path):
+    argv = ["--run-name", "r", "--output_dir", tmp_path, "--model", model_folder(), "--dataset", dataset_folder]
+    ended = commands.run_ranks(2, "finetune_lowmem", *argv, "--memory_budget", 6)
+    assert {code for code, _, _ in ended} == {2}
+    assert any("--memory_budget is for one GPU" in last_line(err) for _, _, err in ended if err)
+    assert not (tmp_path / "r").exists()
