@@ -948,14 +948,15 @@ def load(args, data, limit, memory, device):
     model = common.load_model(args.model, torch.bfloat16)
     trained = common.choose_trained(model, args.trained)
     leave_out_masks(model, longest=common.longest_sequence(data))
-    if common.ranks() > 1:
-        return model, *place_shares(model, trained, device), 1024
-    common.checkpoint_activations(model)
     evaluated = [s for row in data[1] for s in row.sequences]
     largest = common.largest_batch(data[0] or evaluated, args.batch_size, PAD_TO, limit)
-    # Streamed, an evaluation batch costs a copy of the model: more tokens then, where training keeps much more of each
+    # Streamed or gathered from other GPUs, an evaluation batch costs a copy of the model: more tokens then, where training
+    # keeps much more of each
     lengths = [common.padded_lengths(sequences, PAD_TO, limit) for sequences in (data[0], evaluated)]
-    tokens = max(1024, 2 * largest.ids.numel(), max(lengths[1]))
+    tokens = max(1024, 2 * largest.ids.numel() // common.ranks(), max(lengths[1]))
+    if common.ranks() > 1:
+        return model, *place_shares(model, trained, device), tokens
+    common.checkpoint_activations(model)
     batches = largest, common.largest_batch(evaluated, tokens // max(lengths[1]), PAD_TO, limit)
     graphs = sum(map(len, lengths)) if not args.no_compile and graphs_pay(*common.planned_work(args, data, 1024)) else 0
     plan = choose_plan(model, trained, batches, graphs, int(budget), memory, device)
