@@ -950,8 +950,8 @@ def load(args, data, limit, memory, device):
     leave_out_masks(model, longest=common.longest_sequence(data))
     evaluated = [s for row in data[1] for s in row.sequences]
     largest = common.largest_batch(data[0] or evaluated, args.batch_size, PAD_TO, limit)
-    # Streamed or gathered from other GPUs, an evaluation batch costs a copy of the model: more tokens then, where training
-    # keeps much more of each
+    # Streamed or gathered from other GPUs, an evaluation batch costs a copy of the model: more tokens then, where
+    # training keeps much more of each
     lengths = [common.padded_lengths(sequences, PAD_TO, limit) for sequences in (data[0], evaluated)]
     tokens = max(1024, 2 * largest.ids.numel() // common.ranks(), max(lengths[1]))
     if common.ranks() > 1:
