@@ -2236,6 +2236,18 @@ def save_checkpoint(run_dir, state, metrics, trained, optimizer):
     wait_for_all()
 
 
+def see(folder, seconds=60):
+    """Raise UserError unless this rank sees the folder that rank 0 has made; NFS may show it after up to a minute."""
+    end = time.monotonic() + seconds
+    while not folder.is_dir():
+        if time.monotonic() > end:
+            raise UserError(
+                f"{folder} is not on this machine: choose an --output_dir on a file system that all machines share, "
+                "since each writes its part of a checkpoint there"
+            )
+        time.sleep(0.1)
+
+
 def _optimizer_state(trained, optimizer):
     """{name/key: tensor} of the optimizer's state; what has a row for each of a sharded tensor's is sharded as that."""
     found = {}
@@ -2442,6 +2454,7 @@ class Run:
         (self.records / "metrics.jsonl").touch()
         self.metrics = self.open.enter_context(lock(self.records))
         wait_for_all()
+        see(self.dir)
         checkpoint = last_checkpoint(self.dir) if args.resume else None
         if checkpoint:
             check_content(args, checkpoint, self.state["fingerprints"])

@@ -16,9 +16,10 @@ from commands import ROOT, after_each_step
 from safetensors import safe_open
 from test_adafactor import truth
 from test_cli import lines, weights
-from test_faults import has_lines, last_line, timeless, wait_until
+from test_faults import has_lines, timeless, wait_until
 
 import common
+import finetune_lowmem
 
 both_scripts = pytest.mark.parametrize("script", ["finetune_base", "finetune_lowmem"])
 
@@ -387,9 +388,16 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(torchrun, tmp_path):
     assert common.last_checkpoint(tmp_path / "r").name == f"step-{step}"
 
 
-def test_a_budget_is_refused_by_name(commands, model_folder, dataset_folder, tmp_path):
+def test_a_budget_is_refused_by_name(model_folder, dataset_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "ranks", lambda: 2)
+    monkeypatch.setattr(common, "wait_for_all", lambda: None)
     argv = ["--run-name", "r", "--output_dir", tmp_path, "--model", model_folder(), "--dataset", dataset_folder]
-    ended = commands.run_ranks(2, "finetune_lowmem", *argv, "--memory_budget", 6)
-    assert {code for code, _, _ in ended} == {2}
-    assert any("--memory_budget is for one GPU" in last_line(err) for _, _, err in ended if err)
+    with pytest.raises(common.UserError, match="--memory_budget is for one GPU"):
+        finetune_lowmem.main([*map(str, argv), "--memory_budget", "6"])
     assert not (tmp_path / "r").exists()
+
+
+def test_a_run_folder_that_machines_do_not_share_is_refused(tmp_path):
+    common.see(tmp_path)
+    with pytest.raises(common.UserError, match="a file system that all machines share"):
+        common.see(tmp_path / "elsewhere", seconds=0.2)

@@ -1,6 +1,7 @@
 """Memory, speed and loss of finetune_lowmem.py on one and on several GPUs: exact Llama shapes, random weights, real rows.
 
     python tests/benchmarks/ranks.py --tokenizer MODEL_FOLDER --dataset DATASET_FOLDER --out results.json
+    python tests/benchmarks/ranks.py --reckon results.json   # from such results, what 70B needs on 8 and 16 GPUs
 
 As gpu.py, whose parts it uses: each case is the real script, in a process for each GPU. Layers are not compiled, as in a
 run of fewer than 8,000 steps. Of several ranks the layers' random weights are made on each GPU, since two copies of a 32B
@@ -131,11 +132,62 @@ def compare(cases):
             yield f"1B, {name} minus one GPU, held-out gold NLL after the last step: {nll:.4f}"
 
 
+def reckon(cases, config, gpus):
+    """{quantity: value} of a step of the Llama of `config` on so many GPUs, by the results of the 8B and 32B cases.
+
+    GiB of each card; `gathered`, what is gathered of a layer, its gradients and activations, and `slack`, the allocator's,
+    in proportion to a layer's bytes, the larger of the two results; `graphs` in proportion to the number of layers.
+    """
+    found = {case["case"]: case for case in cases}
+    measured = [(found["8B, two GPUs"], "8B"), (found["32B, two GPUs"], "32B")]
+    layer, count, head = sizes(config)
+    parts = {"weights": (count * layer + head) / gpus, "gathered": 0.0, "slack": 0.0, "graphs": 0.0}
+    for case, shape in measured:
+        its_layer, its_count, _ = sizes(gpu.SHAPES[shape])
+        train, load = case["memory_gib"]["train"], case["memory_gib"]["load"]
+        context = load["device"] - load["reserved"]
+        own = {
+            "gathered": (train["allocated"] - case["ledger_gib"]["weights"]) * layer / its_layer,
+            "slack": (train["reserved"] - train["allocated"]) * layer / its_layer,
+            "graphs": (train["device"] - train["reserved"] - context) * count / its_count,
+        }
+        parts |= {name: max(parts[name], value) for name, value in own.items()}
+    parts["CUDA and NCCL"] = context
+    moved = (3 * count * layer + head) * (gpus - 1) / gpus  # gathered for forward and backward; gradients; the head
+    return parts | {"a card": sum(parts.values()), "moved to each card in a step": moved}
+
+
+def sizes(config):
+    """(bytes of a layer's bf16 weights in GiB, number of layers, of the head's) of a Llama."""
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    keys = width * config["num_key_value_heads"] // heads
+    layer = 2 * width * width + 2 * width * keys + 3 * width * config["intermediate_size"] + 2 * width
+    return 2 * layer / common.GIB, config["num_hidden_layers"], 2 * width * config["vocab_size"] / common.GIB
+
+
+LLAMA_70B = gpu.LLAMA | {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+}  # fmt: skip
+
+
+def print_reckoning(cases):
+    for gpus in (8, 16):
+        parts = reckon(cases, LLAMA_70B, gpus)
+        print(f"70B on {gpus} GPUs, GiB: " + ", ".join(f"{name} {value:.1f}" for name, value in parts.items()))
+        moved = parts["moved to each card in a step"] * common.GIB / 1e9
+        rates = ", ".join(f"{moved / rate:.1f} s at {rate} GB/s" for rate in (200, 20, 10))
+        print(f"  a step takes at least {rates} to each card")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--out", required=True, help="JSON; cases that it already holds are replaced, others kept")
+    reckons = "--reckon" in sys.argv
+    parser.add_argument("--tokenizer", required=not reckons)
+    parser.add_argument("--dataset", required=not reckons)
+    parser.add_argument("--out", required=not reckons, help="JSON; cases that it holds are replaced, others kept")
+    parser.add_argument(
+        "--reckon", metavar="RESULTS", help="print what 70B needs, and how the cases of RESULTS compare"
+    )
     parser.add_argument("--commit", default=gpu.commit(), help="recorded in the results; asked of git if left out")
     parser.add_argument("--only", nargs="+", default=[*CASES], choices=[*CASES])
     parser.add_argument("--case", choices=[*CASES], help="run this case's rank in this process")
@@ -143,6 +195,11 @@ def main():
     args = parser.parse_args()
     if args.case:
         common.run_command(lambda: worker(args.case, args))
+        return
+    if reckons:
+        cases = json.loads(Path(args.reckon).read_text())["cases"]
+        print(*compare(cases), sep="\n")
+        print_reckoning(cases)
         return
     out = Path(args.out)
     found = json.loads(out.read_text()) if out.exists() else {"cases": []}
