@@ -109,7 +109,7 @@ class Ending:
         if not self.waits:
             raise Interrupted
         with suppress(OSError):  # print may be what it cut short
-            os.write(2, b"\nstopping after this step, once it is saved; again: at once\n")
+            os.write(2, b"" if rank() else b"\nstopping after this step, once it is saved; again: at once\n")
 
     @contextmanager
     def postponed(self):
@@ -165,7 +165,7 @@ def _last_line(error):
         line = f"nothing reads what the run prints any more; {ending.go_on}"
     if line is None and isinstance(error, OSError) and error.errno:  # no permission, a disk that fails
         line = f"{error.strerror}: {error.filename or 'while writing'}; {ending.go_on}"
-    if line is None and any(map(_is_of_a_connection, chain)):
+    if line is None and not fails_alone() and any(map(_is_of_a_connection, chain)):
         line = f"another process of this run has ended or cannot be reached; {ending.go_on}"
     return (None, 1) if line is None else (f"error: {line}", 2)
 
@@ -465,6 +465,31 @@ def of_all_ranks(value):
     return values
 
 
+STUCK = 25  # seconds, of the 30 after which torchrun kills a process that it has told to end
+
+
+def end_when_stuck():
+    """Start a thread that ends the process where a signal has come and the main thread cannot take it in: it waits for
+    its GPU, which waits for a process that is gone. (gloo raises an error, NCCL waits.)
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)  # written to even while the main thread is not in Python
+
+    def watch():
+        os.read(reading, 1)
+        time.sleep(STUCK)
+        if ending.signal is None:
+            if fails_first():
+                os.write(2, f"\nerror: another process of this run has ended; {ending.go_on}\n".encode())
+            os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+scratch = SimpleNamespace(folder=None)  # where a rank above 0 keeps its records, which nobody reads
+
+
 @contextmanager
 def processes_of_torchrun():
     """In this context the processes that torchrun started are one group; only rank 0 prints. Raises UserError."""
@@ -482,11 +507,14 @@ def processes_of_torchrun():
         torch.cuda.set_device(place)
     # Two hours: others wait as long as rank 0 saves the model. torchrun ends them when one dies
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+    end_when_stuck()
     with ExitStack() as silence:
         if rank():
+            scratch.folder = Path(silence.enter_context(tempfile.TemporaryDirectory()))
             nowhere = silence.enter_context(open(os.devnull, "w"))
             silence.enter_context(redirect_stdout(nowhere))
             silence.enter_context(redirect_stderr(nowhere))
+        print(f"{ranks()} processes, each with its part of what is trained")
         yield
     wait_for_all()
     gc.collect()  # graphs, which hold what they have captured of NCCL
@@ -527,8 +555,8 @@ class Agreement:
         if self.asked:
             work, found = self.asked
             work.wait()
-            ending.signal = ending.signal or found.item() or None
             if found.item():
+                ending.signal, ending.received = ending.signal or found.item(), time.monotonic()
                 return ending.signal
         found = torch.tensor(ending.signal or 0)
         self.asked = dist.all_reduce(found, dist.ReduceOp.MAX, async_op=True), found
@@ -564,9 +592,9 @@ def shard(model, trained, device, dtype):
                 fully_shard(module, **options)
         fully_shard(layer, **options)
     # Its root is what `hidden_states` calls. Gathered before the layers run, it stays so for the loss: with the head
-    model.base_model.add_module("head", model.get_output_embeddings())
+    model.base_model.add_module("head_of_all", model.get_output_embeddings())
     fully_shard(model.base_model, **options)
-    del model.base_model.head
+    del model.base_model.head_of_all
     for module in model.modules():
         if isinstance(module, FSDPModule):  # sums, no means: each target's weight is 1 / the number of all
             module.set_gradient_divide_factor(1.0)
@@ -2443,8 +2471,8 @@ class Run:
         self.dir = self.records = Path(args.output_dir) / args.run_name
         self.state = {"args": vars(args), "fingerprints": fingerprints(model, trained, data)}
         self.open = ExitStack()  # until the process ends
-        if rank():  # whose records are nowhere read
-            self.records = Path(self.open.enter_context(tempfile.TemporaryDirectory()))
+        if rank():
+            self.records = scratch.folder
         else:
             self._need_space(copies=1 if args.resume and last_checkpoint(self.dir) else 2)
             try:

@@ -47,8 +47,9 @@ def main(argv=None):
     # Data and model, the weights in FP32
     tokenizer, limit = common.load_tokenizer(args.model)
     data = common.load_data(args, tokenizer, limit)
-    empty, _ = common.empty_model(args.model, torch.float32)
-    common.need_host_memory(common.size_in_bytes(empty.parameters()) // common.ranks(), f"{args.model} in fp32")
+    if common.ranks() == 1:  # of several, each reads and converts its part
+        empty, _ = common.empty_model(args.model, torch.float32)
+        common.need_host_memory(common.size_in_bytes(empty.parameters()), f"{args.model} in fp32")
     model = common.load_model(args.model, torch.float32)
     trained = common.choose_trained(model, args.trained)
     trained = common.shard(model, trained, device, torch.float32)

@@ -364,6 +364,20 @@ def test_a_killed_rank_ends_the_job_and_it_goes_on(torchrun, tmp_path, run):
     assert [line["step"] for line in lines(tmp_path / "r" / "metrics.jsonl") if "lr" in line] == [*range(1, saved + 2)]
 
 
+def test_a_rank_that_waits_for_a_killed_one_ends(torchrun, tmp_path):
+    """As one whose GPU waits for the other's: not in Python, so that no handler of a signal runs."""
+    stuck = "import common; common.STUCK = 1\n"
+    stuck += after_each_step("if step == 3 and common.rank() == 0: wait_for_ever()")
+    stuck += "\nimport ctypes, builtins; libc = ctypes.CDLL(None); mutex = (ctypes.c_char * 64)()"
+    stuck += "\nbuiltins.wait_for_ever = lambda: [libc.pthread_mutex_lock(mutex) for _ in range(2)]"
+    process = torchrun("finetune_lowmem", first=stuck)
+    assert wait_until(has_lines(tmp_path / "r", 4), Running(process), 120)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    said, err = ended(process)
+    assert len(said) == 1, err
+    assert said[0].startswith("error: another process of this run has ended; the same command with --resume")
+
+
 def test_an_error_of_one_rank_is_the_jobs(torchrun, tmp_path):
     fault = after_each_step("if step == 3 and common.rank() == 1: raise common.UserError('rank 1 fails')")
     said, err = ended(torchrun("finetune_lowmem", first=fault), 120)
