@@ -142,6 +142,22 @@ def test_kernels_on_shards_equal_fp64_truth(shape, count, bad, monkeypatch):
     assert all(torch.equal(state["col"], results[0][1]["col"]) for _, state in results)
 
 
+@pytest.mark.parametrize("shape", [(40, 30), (41, 1)], ids=str)
+def test_the_floor_of_a_step_is_that_of_the_whole_tensor(shape, monkeypatch):
+    """Weights of 0, whose norm counts as 1e-3 sqrt(n) of all n."""
+    pytest.importorskip("triton")
+    g = torch.randn(shape)
+
+    def work(rank):
+        p, state = shards(torch.zeros(shape), 2)[rank], {"skipped": torch.zeros((), dtype=torch.int64)}
+        state |= {"row": torch.zeros(len(p)), "col": torch.zeros(shape[1]), "count": torch.zeros((), dtype=torch.int32)}
+        update_kernels(p, state, shards(g, 2)[rank], 1e-2, len(g), torch.float32)
+        return p
+
+    moved = torch.cat(as_ranks(2, work, monkeypatch)).norm().item()
+    assert moved == pytest.approx(1e-2 * 1e-3 * math.sqrt(g.numel()), rel=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(32, 64), (64, 1)], ids=str)
 def test_shards_of_equal_weights_round_differently(shape, monkeypatch):
     """Two ranks whose parts are equal: with common noise the updated parts would be equal too."""
@@ -293,6 +309,27 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(script, before, after
     else:
         assert difference(straight, parts) < (1e-6 if script == "finetune_base" else 2e-2)
         assert [line["step"] for line in timeless(straight)] == [line["step"] for line in timeless(parts)]
+
+
+def test_what_differs_between_ranks(run, tmp_path):
+    """Their random numbers, at the start and after --resume; the largest memory, which is reported."""
+    code = "import os, common, torch; plain_sample = common.Memory.sample\n"
+    code += "def sample(memory):\n    found = plain_sample(memory)\n"
+    code += "    memory.peaks[memory.phase]['device'] += os.environ['RANK'] == '1'\n    return found\n"
+    code += "common.Memory.sample = sample\n"
+    code += after_each_step(f"open({str(tmp_path)!r} + f'/{{common.rank()}}', 'a').write(f'{{torch.rand(())}} ')")
+    folder = run(2, "finetune_lowmem", "r", "--max_steps", 2, "--schedule", "constant", first=code)
+    run(2, "finetune_lowmem", "r", "--max_steps", 4, "--schedule", "constant", "--resume", first=code)
+    drawn = [(tmp_path / str(rank)).read_text().split() for rank in range(2)]
+    assert len({*drawn[0], *drawn[1]}) == 8
+    assert json.loads((folder / "summary.json").read_text())["memory_of_rank"] == 1
+
+
+def test_skipped_updates_go_on_being_counted(run):
+    fault = after_each_step("step == 1 and run.optimizer.skipped.add_(5)")
+    run(2, "finetune_lowmem", "r", "--max_steps", 3, "--schedule", "constant", first=fault)
+    folder = run(1, "finetune_lowmem", "r", "--max_steps", 4, "--schedule", "constant", "--resume")
+    assert json.loads((folder / "summary.json").read_text())["skipped_updates"] == 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 largest step}.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -61,6 +62,26 @@ for shape in [(40, 30), (1, 50), (50, 1), (7,), (1,), (3, 8, 10), (70, 600), (17
                 largest = max([largest, *(part - o.flatten()).abs().tolist()])
             found = common.of_all_ranks(largest)
             errors[f"{shape} {dtype} {'one bad' if bad else ''}"] = max(found) / step
+
+# Parts that are equal, with equal gradients, are rounded differently: a step of half an ulp of 2^-8 below 1
+ones = distribute_tensor(torch.ones(32 * common.ranks(), 32, dtype=torch.bfloat16), mesh, [Shard(0)])
+p = torch.nn.Parameter(ones.clone())
+p.grad = ones
+common.Adafactor([p], lr=2e-3).step()
+rounded = common.of_all_ranks(common.local(p).float())
+assert all(0.4 < (x != y).float().mean() < 0.6 for x, y in itertools.combinations(rounded, 2))  # of 1,024: 6 deviations
+
+# torch's own optimizers leave out what is not finite on any rank
+p, q = (torch.nn.Parameter(ones.float()) for _ in range(2))
+optimizer = common.guarded(torch.optim.Adam)([p, q], lr=0.1)
+gradient = torch.ones(ones.shape)
+gradient[-1, -1] = torch.nan  # the last rank's
+p.grad, q.grad = distribute_tensor(gradient, mesh, [Shard(0)]), ones.float()
+optimizer.step()
+assert optimizer.skipped == 1
+assert (common.local(p) == 1).all()
+assert (common.local(q) != 1).all()
+
 if common.rank() == 0:
     print(json.dumps(errors))
 common.wait_for_all()
