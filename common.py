@@ -2361,7 +2361,7 @@ def load_checkpoint(folder, trained, optimizer):
                 optimizer.state[p][key] = torch.zeros(()) if key == "step" else torch.zeros_like(p)
     found = trained | _optimizer_state(trained, optimizer) | _random_states(optimizer)
     found = {name: tensor.detach() for name, tensor in found.items() if name in saved}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _first_failure():
         warnings.simplefilter("ignore")  # it says that one process is taken for all, and so it is
         load(found, storage_reader=reader, no_dist=ranks() == 1)
     torch.set_rng_state(found["torch"])
@@ -2404,11 +2404,23 @@ def _save_parts(folder, named):
         file_of[name] = 1 + size // SHARD
         size += size_in_bytes([tensor]) // ranks()
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
-    save(
-        {name: tensor.detach() for name, tensor in named.items()},
-        storage_writer=writer,
-        planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),  # what all hold alike, rank 0 writes
-    )
+    with _first_failure():
+        save(
+            {name: tensor.detach() for name, tensor in named.items()},
+            storage_writer=writer,
+            planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),  # what all hold alike, rank 0 writes
+        )
+
+
+@contextmanager
+def _first_failure():
+    """Raise the first rank's error where torch.distributed.checkpoint makes one, no Exception, of all ranks'."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

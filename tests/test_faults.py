@@ -571,6 +571,23 @@ def test_saving_holds_one_shard_in_host_memory(tmp_path, monkeypatch):
     assert dict.fromkeys(tensors, True) == {name: torch.equal(value, tensors[name]) for name, value in saved.items()}
 
 
+@pytest.mark.parametrize(
+    ("fault", "ends", "line"),
+    [
+        ("raise OSError(errno.EIO, os.strerror(errno.EIO), 'shard')", 2, "error: Input/output error: shard; "),
+        ("os.kill(os.getpid(), signal.SIGINT)", 130, "interrupted: "),
+    ],
+)
+def test_what_happens_while_a_checkpoint_is_read_ends_in_one_line(fault, ends, line, argv, commands):
+    """torch.distributed.checkpoint makes an error of its own of each, a signal's included."""
+    assert commands.run("finetune_lowmem", *argv("r", "--max_steps", 2))[0] == 0
+    first = "import errno, os, signal; from torch.distributed.checkpoint import HuggingFaceStorageReader as Reader\n"
+    first += f"def read_data(*args):\n    {fault}\nReader.read_data = read_data"
+    code, _, err = commands.run("finetune_lowmem", *argv("r", "--max_steps", 4, "--resume"), first=first)
+    assert code == ends
+    assert last_line(err).startswith(line)
+
+
 @both_scripts
 def test_a_model_larger_than_host_memory_is_refused_before_it_is_loaded(script, argv, commands, tmp_path):
     fault = "import common; common.free_host_memory = lambda: 10**4; common.load_model = None"
