@@ -159,7 +159,7 @@ def _last_line(error):
     """(the line that ends the command, None for an error that a user cannot mend; its exit code)."""
     chain = _chain(error)
     if any(isinstance(e, Interrupted) for e in chain):  # a library may have made another error of it
-        return f"interrupted: {ending.go_on}", 128 + ending.signal
+        return f"interrupted: {ending.go_on}", 128 + (ending.signal or signal.SIGTERM)  # another rank's
     line = str(error) if isinstance(error, UserError) else next(filter(None, map(_what_ran_out, chain)), None)
     if isinstance(error, BrokenPipeError):
         line = f"nothing reads what the run prints any more; {ending.go_on}"
@@ -468,9 +468,9 @@ def of_all_ranks(value):
 STUCK = 25  # seconds, of the 30 after which torchrun kills a process that it has told to end
 
 
-def end_when_stuck():
-    """Start a thread that ends the process where a signal has come and the main thread cannot take it in: it waits for
-    its GPU, which waits for a process that is gone. (gloo raises an error, NCCL waits.)
+def say_when_stuck():
+    """Start a thread that prints a last line where a signal has come and the process has not ended: its main thread
+    waits for its GPU, say, which waits for a process that is gone. (gloo raises an error, NCCL waits.)
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -479,10 +479,9 @@ def end_when_stuck():
     def watch():
         os.read(reading, 1)
         time.sleep(STUCK)
-        if ending.signal is None:
-            if fails_first():
-                os.write(2, f"\nerror: another process of this run has ended; {ending.go_on}\n".encode())
-            os._exit(2)
+        if fails_first():
+            line = f"interrupted while it waits for another process, which may have ended; {ending.go_on}"
+            os.write(2, f"\n{line}\n".encode())
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -507,7 +506,7 @@ def processes_of_torchrun():
         torch.cuda.set_device(place)
     # Two hours: others wait as long as rank 0 saves the model. torchrun ends them when one dies
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
-    end_when_stuck()
+    say_when_stuck()
     with ExitStack() as silence:
         if rank():
             scratch.folder = Path(silence.enter_context(tempfile.TemporaryDirectory()))
@@ -539,8 +538,8 @@ def fails_first():
 
 def _is_of_a_connection(error):
     """Whether gloo or NCCL has lost another process."""
-    words = r"gloo/|NCCL|Connection (closed|reset|refused)|TCPStore"
-    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(words, str(error))
+    words = r"Connection (closed|reset|refused)|timed out|ncclRemoteError|remote process (has )?(exited|terminated)"
+    return isinstance(error, RuntimeError) and re.search(words, str(error), re.I)
 
 
 class Agreement:
@@ -605,6 +604,15 @@ def shard(model, trained, device, dtype):
         own = local(p)
         own.copy_(trained[name].detach()[rows_of_rank(len(trained[name]))])
     return sharded
+
+
+def reshard(model):
+    """Let go of what a forward pass that no backward pass follows leaves gathered: the root's part, see `shard`.
+
+    What is gathered is a copy: a weight that is loaded or updated meanwhile would not reach it.
+    """
+    if ranks() > 1:
+        model.base_model.reshard()
 
 
 def rows_of_rank(count):
@@ -716,11 +724,15 @@ def load_model(name, dtype):
 
     Of several ranks each has the weights as they are stored: mapped, not read. `shard` reads and converts its part.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with _explain_loading("model", name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if ranks() > 1:
+            config.dtype = None  # what it says need not be what the files hold, and "auto" means it if it is there
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
+            config=config,
             dtype=dtype if ranks() == 1 else "auto",
             use_safetensors=True,
             trust_remote_code=False,
@@ -1245,8 +1257,8 @@ class Batch:
         return cls(ids, labels, positions, labels.flatten()[positions], weights, len(ids), tokens, len(positions))
 
     def share(self):
-        """This rank's share: each so-manieth row, filled up so that all ranks' shares have the same shape, one target
-        at least. Weights are still 1 / the number of all targets.
+        """This rank's share: every `ranks()`-th row, filled up so that all ranks' shares have the same shape, with one
+        target at least. Weights are still 1 / the number of all targets.
         """
         if ranks() == 1:
             return self
@@ -1356,7 +1368,9 @@ def hidden_states(model, batch, precision):
 
 def target_log_probs(model, head, batch, precision):
     """fp32 [n]: log-probability of each target of the batch; logits are made for their positions only, in pieces."""
-    return head.log_probs(hidden_states(model, batch, precision), batch.targets)
+    log_probs = head.log_probs(hidden_states(model, batch, precision), batch.targets)
+    reshard(model)
+    return log_probs
 
 
 def evaluation_order(rows, tokens_per_batch, pad_to):
@@ -2367,7 +2381,6 @@ def load_checkpoint(folder, trained, optimizer):
     torch.set_rng_state(found["torch"])
     if "cuda" in found:
         torch.cuda.set_rng_state(found["cuda"])
-    optimizer.skipped.copy_(found["skipped"])
     state = json.loads((folder / "state.json").read_text())
     if rank():  # what is saved is rank 0's
         torch.manual_seed(hash((state["args"]["seed"], state["progress"]["step"], rank())))
@@ -2480,12 +2493,16 @@ class Run:
             "eval": [],
         }
         self.steps = planned_steps(args, self.train)
+        reshard(model)  # after the start-up checks
         self.dir = self.records = Path(args.output_dir) / args.run_name
         self.state = {"args": vars(args), "fingerprints": fingerprints(model, trained, data)}
         self.open = ExitStack()  # until the process ends
         if rank():
             self.records = scratch.folder
         else:
+            if ranks() > 1 and not args.no_save_model:
+                size = size_in_bytes(model.parameters())
+                need_host_memory(size, "the fine-tuned model, gathered to be saved (--no_save_model leaves it out),")
             self._need_space(copies=1 if args.resume and last_checkpoint(self.dir) else 2)
             try:
                 self.dir.mkdir(parents=True, exist_ok=args.resume)
@@ -2500,7 +2517,8 @@ class Run:
             check_content(args, checkpoint, self.state["fingerprints"])
         seed_everything(args.seed)  # whatever loading and the start-up checks drew
         self.saved_step, self.checkpoint_due, metrics = None, False, b""
-        ending.go_on = "the same command with --resume starts from the beginning"
+        there = "goes on from its last checkpoint" if checkpoint else "starts from the beginning"
+        ending.go_on = f"the same command with --resume {there}"
         if checkpoint:
             with at_home():
                 state, metrics = load_checkpoint(checkpoint, trained, optimizer)

@@ -775,6 +775,7 @@ class Graphs:
     def _capture(self, inputs):
         graph = torch.cuda.CUDAGraph()
         gc.disable()  # objects of CUDA, or locked host memory, that are freed meanwhile can end the capture
+        # thread_local: NCCL's own thread looks at the device meanwhile
         try:
             with (
                 advise_no_compile(),

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,6 +266,15 @@ def test_low_memory_is_that_of_one_process_within_rounding_noise(architecture, t
     assert a == pytest.approx(b, rel=2e-2)
 
 
+def test_weights_are_read_as_they_are_stored(run, model_folder, tmp_path):
+    """Where config.json speaks of bf16 and the files hold fp32."""
+    folder = shutil.copytree(model_folder(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    one, two = (run(n, "finetune_base", f"{n}", "--max_steps", 2, "--model", folder) for n in (1, 2))
+    assert difference(one, two) < 1e-6
+
+
 @both_scripts
 def test_more_ranks_than_rows(script, run):
     flags = ["--batch_size", 1, "--train_rows", 3, "--epochs", 1, "--eval_rows", 1, "--nostround"]
@@ -284,6 +294,15 @@ def test_the_run_folder_is_that_of_one_process(run):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
+
+
+def test_embeddings_and_head_go_on_too(run):
+    flags = ["--schedule", "constant", "--trained", "all"]
+    straight = run(2, "finetune_base", "straight", *flags, "--max_steps", 4)
+    run(2, "finetune_base", "parts", *flags, "--max_steps", 2)
+    parts = run(2, "finetune_base", "parts", *flags, "--max_steps", 4, "--resume")
+    assert difference(straight, parts) == 0
+    assert timeless(straight) == timeless(parts)
 
 
 @pytest.mark.parametrize(
@@ -401,18 +420,45 @@ def test_a_killed_rank_ends_the_job_and_it_goes_on(torchrun, tmp_path, run):
     assert [line["step"] for line in lines(tmp_path / "r" / "metrics.jsonl") if "lr" in line] == [*range(1, saved + 2)]
 
 
-def test_a_rank_that_waits_for_a_killed_one_ends(torchrun, tmp_path):
-    """As one whose GPU waits for the other's: not in Python, so that no handler of a signal runs."""
-    stuck = "import common; common.STUCK = 1\n"
-    stuck += after_each_step("if step == 3 and common.rank() == 0: wait_for_ever()")
-    stuck += "\nimport ctypes, builtins; libc = ctypes.CDLL(None); mutex = (ctypes.c_char * 64)()"
-    stuck += "\nbuiltins.wait_for_ever = lambda: [libc.pthread_mutex_lock(mutex) for _ in range(2)]"
-    process = torchrun("finetune_lowmem", first=stuck)
-    assert wait_until(has_lines(tmp_path / "r", 4), Running(process), 120)
-    os.kill(ranks_of(process)[1], signal.SIGKILL)
-    said, err = ended(process)
-    assert len(said) == 1, err
-    assert said[0].startswith("error: another process of this run has ended; the same command with --resume")
+def test_a_process_that_waits_for_ever_says_so():
+    """As one whose GPU waits for that of a killed process: it is not in Python, and no handler of a signal runs."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, ctypes; common.STUCK = 0.1\n"
+    code += "mutex = (ctypes.c_char * 64)(); lock = ctypes.CDLL(None).pthread_mutex_lock\n"
+    code += "with common.ending.listening():\n    common.say_when_stuck(); print(flush=True); lock(mutex); lock(mutex)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline() == "\n"
+    assert process.stderr.readline().startswith(
+        "interrupted while it waits for another process, which may have ended; "
+    )
+    process.kill()
+    process.communicate()
+
+
+def test_a_signal_to_one_rank_while_it_loads_leaves_no_traceback(run, commands, model_folder, dataset_folder, tmp_path):
+    run(2, "finetune_lowmem", "r", "--max_steps", 2, "--schedule", "constant")
+    first = "import os, signal; from torch.distributed.checkpoint import HuggingFaceStorageReader as Reader\n"
+    first += "plain = Reader.read_data\ndef read_data(*args):\n    if os.environ['RANK'] == '1':\n"
+    first += "        os.kill(os.getpid(), signal.SIGINT)\n    return plain(*args)\nReader.read_data = read_data"
+    argv = ["--run-name", "r", "--output_dir", tmp_path, "--model", model_folder(), "--dataset", dataset_folder]
+    argv += [
+        "--batch_size",
+        8,
+        "--log_every",
+        1,
+        "--lr",
+        "1e-3",
+        "--schedule",
+        "constant",
+        "--max_steps",
+        4,
+        "--resume",
+    ]
+    ended = commands.run_ranks(2, "finetune_lowmem", *argv, first=first)
+    assert {code for code, _, _ in ended} == {128 + signal.SIGINT, 128 + signal.SIGTERM}
+    assert not any("Traceback" in err for _, _, err in ended)
+    assert any("--resume goes on from its last checkpoint" in err for _, _, err in ended)
 
 
 def test_an_error_of_one_rank_is_the_jobs(torchrun, tmp_path):
