@@ -106,6 +106,8 @@ def serve():
     sys.path.insert(0, str(ROOT))
     import datasets  # noqa: F401
     import torch
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
