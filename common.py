@@ -56,6 +56,8 @@ IGNORE = -100  # label of a position that is not trained: F.cross_entropy's defa
 GIB = 2**30
 LOGITS = 2**23  # that exist at once, of fp32: 32 MiB
 PIECE = 2**25  # bytes of a head's weights that are worked on, or on the device, at a time
+# Batches differ in length; without this the allocator keeps a block of each size. Read when CUDA starts
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 CONTROL_GROUPS, OWN_CONTROL_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -81,7 +83,7 @@ class Ending:
 
     # seconds: `timeout` sends its signal to the process and to its group, and torchrun again what Ctrl-C sent to all,
     # which is not asking twice
-    ONCE = 0.5 if int(os.environ.get("WORLD_SIZE", "1")) == 1 else 5
+    ONCE, ONCE_UNDER_TORCHRUN = 0.5, 5
     signal, waits = None, False
     go_on, save_memory = "start the same command again", "a smaller --batch_size"
 
@@ -102,7 +104,8 @@ class Ending:
     def _received(self, number, frame):
         if self.signal:
             # of SIGHUP a terminal that closes sends its own after its shell's, whenever that has ended
-            if number != signal.SIGHUP and time.monotonic() > self.received + self.ONCE:
+            once = self.ONCE if started_alone() else self.ONCE_UNDER_TORCHRUN
+            if number != signal.SIGHUP and time.monotonic() > self.received + once:
                 os._exit(128 + number)
             return
         self.signal, self.received = number, time.monotonic()
@@ -146,7 +149,7 @@ def run_command(main):
                 main()
         except (Interrupted, Exception) as error:
             line, code = _last_line(error)
-            if fails_alone():
+            if started_alone():
                 if line is None:
                     raise
                 sys.exit(_fail(line, code))
@@ -165,7 +168,7 @@ def _last_line(error):
         line = f"nothing reads what the run prints any more; {ending.go_on}"
     if line is None and isinstance(error, OSError) and error.errno:  # no permission, a disk that fails
         line = f"{error.strerror}: {error.filename or 'while writing'}; {ending.go_on}"
-    if line is None and not fails_alone() and any(map(_is_of_a_connection, chain)):
+    if line is None and not started_alone() and any(map(_is_of_a_connection, chain)):
         line = f"another process of this run has ended or cannot be reached; {ending.go_on}"
     return (None, 1) if line is None else (f"error: {line}", 2)
 
@@ -410,8 +413,7 @@ def set_up(args):
             prepare_demo()
         wait_for_all()
     seed_everything(args.seed)
-    # Batches differ in length; without this the allocator keeps a block of each size (read when CUDA starts)
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault(*ALLOCATOR)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -422,6 +424,11 @@ def seed_everything(seed):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Several GPUs: a process, or rank, for each, started by torchrun. PyTorch's FSDP2 shards what is trained
+
+
+def started_alone():
+    """Whether this process was started without torchrun, or as its only one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
 def ranks():
@@ -492,7 +499,7 @@ scratch = SimpleNamespace(folder=None)  # where a rank above 0 keeps its records
 @contextmanager
 def processes_of_torchrun():
     """In this context the processes that torchrun started are one group; only rank 0 prints. Raises UserError."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if started_alone():
         yield
         return
     on_gpu, place = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
@@ -502,7 +509,7 @@ def processes_of_torchrun():
             f"--nproc-per-node {gpus}"
         )
     if on_gpu:
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # see `set_up`
+        os.environ.setdefault(*ALLOCATOR)
         torch.cuda.set_device(place)
     # Two hours: others wait as long as rank 0 saves the model. torchrun ends them when one dies
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
@@ -518,11 +525,6 @@ def processes_of_torchrun():
     wait_for_all()
     gc.collect()  # graphs, which hold what they have captured of NCCL
     dist.destroy_process_group()
-
-
-def fails_alone():
-    """Whether this process, which fails, is the only one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
 def fails_first():
@@ -2278,7 +2280,7 @@ def save_checkpoint(run_dir, state, metrics, trained, optimizer):
     wait_for_all()
 
 
-def see(folder, seconds=60):
+def wait_for_folder(folder, seconds=60):
     """Raise UserError unless this rank sees the folder that rank 0 has made; NFS may show it after up to a minute."""
     end = time.monotonic() + seconds
     while not folder.is_dir():
@@ -2511,7 +2513,7 @@ class Run:
         (self.records / "metrics.jsonl").touch()
         self.metrics = self.open.enter_context(lock(self.records))
         wait_for_all()
-        see(self.dir)
+        wait_for_folder(self.dir)
         checkpoint = last_checkpoint(self.dir) if args.resume else None
         if checkpoint:
             check_content(args, checkpoint, self.state["fingerprints"])
@@ -2618,7 +2620,9 @@ class Run:
         Raises UserError after BAD_STEPS steps in a row that left out updates.
         """
         progress, skipped = self.progress, self.optimizer.skipped
-        loss = sum_over_ranks(loss.detach().float().clone())
+        loss = loss.detach().float()
+        if ranks() > 1:
+            loss = sum_over_ranks(loss.clone())
         self.losses += torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]), 0)
         self.bad_steps.add_(1).mul_(skipped > self.skipped)
         self.skipped.copy_(skipped)

@@ -400,6 +400,17 @@ def ranks_of(process):
     return found
 
 
+def after_a_signal(process, number, folder):
+    """(the one line of a job whose rank 1 gets the signal in the middle, the step that it says is saved, and that is)."""
+    assert wait_until(has_lines(folder, 5), Running(process), 120)
+    os.kill(ranks_of(process)[1], number)
+    said, err = ended(process)
+    assert len(said) == 1, err
+    saved = int(re.search(r"the same command with --resume goes on from step (\d+)$", said[0])[1])
+    assert common.last_checkpoint(folder).name == f"step-{saved}"
+    return said[0], saved
+
+
 class Running:
     """What `wait_until` asks."""
 
@@ -409,13 +420,8 @@ class Running:
 
 def test_a_killed_rank_ends_the_job_and_it_goes_on(torchrun, tmp_path, run):
     flags = ["--save_every", 2, "--schedule", "constant"]
-    process = torchrun("finetune_lowmem", *flags)
-    assert wait_until(has_lines(tmp_path / "r", 5), Running(process), 120)
-    os.kill(ranks_of(process)[1], signal.SIGKILL)
-    said, err = ended(process)
-    assert len(said) == 1, err
-    saved = int(re.search(r"the same command with --resume goes on from step (\d+)$", said[0])[1])
-    assert common.last_checkpoint(tmp_path / "r").name == f"step-{saved}"
+    line, saved = after_a_signal(torchrun("finetune_lowmem", *flags), signal.SIGKILL, tmp_path / "r")
+    assert line.startswith(("error: another process of this run has ended", "interrupted: "))
     run(1, "finetune_lowmem", "r", *flags, "--resume", "--epochs", saved, "--max_steps", saved + 1)
     assert [line["step"] for line in lines(tmp_path / "r" / "metrics.jsonl") if "lr" in line] == [*range(1, saved + 2)]
 
@@ -476,13 +482,8 @@ def test_an_error_of_all_ranks_is_said_once(torchrun, tmp_path):
 
 
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(torchrun, tmp_path):
-    process = torchrun("finetune_base")
-    assert wait_until(has_lines(tmp_path / "r", 5), Running(process), 120)
-    os.kill(ranks_of(process)[1], signal.SIGTERM)
-    said, err = ended(process)
-    assert len(said) == 1, err
-    step = int(re.fullmatch(r"interrupted: the same command with --resume goes on from step (\d+)", said[0])[1])
-    assert common.last_checkpoint(tmp_path / "r").name == f"step-{step}"
+    line, saved = after_a_signal(torchrun("finetune_base"), signal.SIGTERM, tmp_path / "r")
+    assert line == f"interrupted: the same command with --resume goes on from step {saved}"
 
 
 def test_a_budget_is_refused_by_name(model_folder, dataset_folder, tmp_path, monkeypatch):
@@ -495,6 +496,6 @@ def test_a_budget_is_refused_by_name(model_folder, dataset_folder, tmp_path, mon
 
 
 def test_a_run_folder_that_machines_do_not_share_is_refused(tmp_path):
-    common.see(tmp_path)
+    common.wait_for_folder(tmp_path)
     with pytest.raises(common.UserError, match="a file system that all machines share"):
-        common.see(tmp_path / "elsewhere", seconds=0.2)
+        common.wait_for_folder(tmp_path / "elsewhere", seconds=0.2)

@@ -107,8 +107,8 @@ def make_folder(shape, tokenizer, folder):
     (folder / "model.safetensors").touch()
 
 
-def random_model(name, dtype):
-    """Stands in for common.load_model: random weights in host memory, made on the GPU in parts of 64 MiB."""
+def meta_model(name, dtype):
+    """A Llama whose parameters are on the meta device, its rotations real; seeds what then makes the weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -116,7 +116,12 @@ def random_model(name, dtype):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-    made = {}
+    return model
+
+
+def random_model(name, dtype):
+    """Stands in for common.load_model: random weights in host memory, made on the GPU in parts of 64 MiB."""
+    model, made = meta_model(name, dtype), {}
     for module in model.modules():
         for key, p in module._parameters.items():
             if p is not None and id(p) not in made:

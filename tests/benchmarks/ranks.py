@@ -42,13 +42,7 @@ CONTEXT = 1.7  # GiB of a capped card that PyTorch does not count: CUDA, graphs,
 
 def random_shares(name, dtype):
     """Stands in for common.load_model: of layers only shapes, whose weights `shard` then makes on the GPU."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(name)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    model = gpu.meta_model(name, dtype)
     layers = set(model.model.layers.parameters())
     for module in model.modules():
         for key, p in list(module.named_parameters(recurse=False)):
@@ -171,12 +165,12 @@ LLAMA_70B = gpu.LLAMA | {
 
 
 def print_reckoning(cases):
-    for gpus in (8, 16):
-        parts = reckon(cases, LLAMA_70B, gpus)
-        print(f"70B on {gpus} GPUs, GiB: " + ", ".join(f"{name} {value:.1f}" for name, value in parts.items()))
+    for name, config, gpus in (("8B", gpu.SHAPES["8B"], 2), ("70B", LLAMA_70B, 8), ("70B", LLAMA_70B, 16)):
+        parts = reckon(cases, config, gpus)
+        print(f"{name} on {gpus} GPUs, GiB: " + ", ".join(f"{part} {value:.1f}" for part, value in parts.items()))
         moved = parts["moved to each card in a step"] * common.GIB / 1e9
         rates = ", ".join(f"{moved / rate:.1f} s at {rate} GB/s" for rate in (200, 20, 10))
-        print(f"  a step takes at least {rates} to each card")
+        print(f"  without graphs {parts['a card'] - parts['graphs']:.1f}; a step takes at least {rates} to each card")
 
 
 def main():
