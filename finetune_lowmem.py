@@ -13,7 +13,8 @@ The five techniques, in the order of this file:
 Embeddings that are neither trained nor tied to the head stay in host memory (`keep_on_host`). With --memory_budget, or
 where a GPU is too small, so do decoder layers: they stream through two slots (`StreamedLayers`), the frozen head in
 pieces (`StreamedHead`), as many as do not fit (`choose_plan`). Under torchrun the GPUs share the layers instead
-(`common.shard`) and the frozen head (`SharedHead`), and nothing streams.
+(`common.shard`) and the frozen head (`SharedHead`), nothing streams, and with --memory_budget the layers that fit are
+gathered once a step, not twice (`gather_once`).
 
 What a GPU also gets, so that CUDA takes little of it and the host never keeps it waiting: `shrink_context`,
 `leave_out_masks`, `compile_layers`, `Graphs`.
@@ -43,9 +44,10 @@ COMPILING_PAYS = 8000  # steps: on an H100 it takes 34 s at the start, and saves
 PAD_TO = 32  # tokens: few lengths, few graphs
 SLOTS = 2  # layers on the device of those that stream
 GRAPH = 2**19  # bytes that CUDA takes for each decoder layer in a graph: on an H100 0.44 MiB, an evaluation's less
+GRAPH_OF_RANKS = 3 * 2**20  # the same with the communication of several GPUs: on two H200s 2.3 to 2.9 MiB
 GAPS = 2**26  # bytes that PyTorch's allocator cannot use, beyond those of the measured step: 0.03 to 0.06 GiB
 # NCCL's buffers, smaller than its own: on two H200s 0.3 GiB less on each, for 4 % of an 8B step with batches of 32
-NCCL = {"BUFFSIZE": 2**19, "LL_BUFFSIZE": 2**16, "LL128_BUFFSIZE": 2**17, "MAX_CTAS": 16}
+NCCL = {"BUFFSIZE": 2**19, "LL_BUFFSIZE": 2**16, "LL128_BUFFSIZE": 2**17}
 PAGES = 512  # bytes of locked host memory for which the GPU keeps one of its own: 8 for each page of 4 KiB
 
 
@@ -604,42 +606,81 @@ def choose_plan(model, trained, batches, graphs, budget, memory, device):
         return Plan(0, False)
     layers, alike, output = common.decoder_layers(model), layers_alike(model), model.get_output_embeddings()
     can_stream = can_pass(model) and output.weight.nbytes > 2 * common.PIECE
-    train, evaluation = batches
     with first_layers(model, 1 + max((list(layers).index(layer) for layer in alike[:SLOTS]), default=0)) as few:
         placed = place(model, Plan(0, can_stream), device)
-        optimizer = common.Adafactor([p for p in trained.values() if p.is_cuda], lr=0.0)  # moves nothing
-        handles = update_in_backward(optimizer, {p: p for p in optimizer.group_of})
-        memory.start("load")  # samples, then resets the allocator's peak
-        with common.refuse_what_fails(model):
-            seconds_of_work(model, placed.head, train.to(device))  # the first time kernels are loaded too
-            forward, loss, backward = seconds_of_work(model, placed.head, train.to(device))
-            with torch.no_grad():
-                common.target_log_probs(model, placed.head, evaluation.to(device), precision)
-        placed.copies.settle()
-        for handle in handles:
-            handle.remove()
-        rest = torch.cuda.max_memory_reserved() - common.size_in_bytes([*few.parameters(), *few.buffers()])
+        most, outside, (forward, loss, backward) = measure(model, placed, trained, batches, memory, device)
+        rest = most - common.size_in_bytes([*few.parameters(), *few.buffers()])
         for p in few.parameters():
             p.data = p.data.cpu()  # as the others, or they would be there twice when they come to their places
-    memory.sample()
-    del optimizer
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    outside = total - free - torch.cuda.memory_reserved() + graphs * len(layers) * GRAPH
+    outside += graphs * len(layers) * GRAPH
     layer = common.size_in_bytes(alike[0].parameters()) if alike else 0
     rest += outside + GAPS
     # what is not one of the layers that can stream: others, buffers, optimizer state, and each further layer's input
     rest += common.size_in_bytes([*layers.parameters(), *layers.buffers()]) - len(alike) * layer
     rest += sum(4 * sum(common._as_matrix(p).shape) for p in trained.values())
     width = model.config.get_text_config().hidden_size
-    rest += (len(layers) - len(few)) * train.ids.numel() * width * output.weight.itemsize
+    rest += (len(layers) - len(few)) * batches[0].ids.numel() * width * output.weight.itemsize
     more = output.weight.nbytes - placed.head.buffers.nbytes if can_stream else None
     plan = plan_within(budget, rest, len(alike), layer, more)
     deeper = len(layers) / len(few)
     plan.work = [deeper * forward, loss, deeper * backward]
     outside += plan.streamed * layer // PAGES
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (budget - outside) / total))
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (budget - outside) / memory.total))
     return plan
+
+
+def gather_once(model, trained, placed, batches, graphs, budget, memory, device):
+    """Of several GPUs: let the decoder layers that fit into `budget` bytes of each stay gathered for backward.
+
+    What a step and an evaluation of `batches`, the largest of one GPU, need without that is measured, as for a plan.
+    """
+    layers = common.decoder_layers(model)
+    most, outside, _ = measure(model, placed, trained, batches, memory, device)
+    outside += graphs * len(layers) * GRAPH_OF_RANKS
+    layer = max(common.size_in_bytes(layer.parameters()) for layer in layers)
+    least = max(common.of_all_ranks(most + outside + GAPS))
+    kept = gathered_within(budget, least, len(layers), layer)
+    common.keep_gathered(model, kept)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (budget - outside) / memory.total))
+    print(
+        f"{kept} of {len(layers)} decoder layers stay gathered between forward and backward; "
+        f"predicted peak {(least + kept * layer) / common.GIB:.2f} GiB of {budget / common.GIB:.2f} on each GPU"
+    )
+
+
+def gathered_within(budget, least, layers, layer):
+    """How many of `layers` decoder layers, of `layer` bytes, can stay gathered in `budget` bytes where `least` are used
+    without. Raises UserError if these are too many.
+    """
+    if least > budget:
+        raise common.UserError(
+            f"{budget / common.GIB:.2f} GiB of each GPU's memory are too few: at this --batch_size the model needs "
+            f"{math.ceil(100 * least / common.GIB) / 100:.2f} (--memory_budget), on more GPUs less of each"
+        )
+    return min(layers, (budget - least) // layer)
+
+
+def measure(model, placed, trained, batches, memory, device):
+    """(bytes that PyTorch held at most, bytes of the GPU beside them, [forward, loss, backward] seconds) of work.
+
+    The work, which moves no weights, is a training step and an evaluation of `batches`.
+    """
+    train, evaluation = batches
+    optimizer = common.Adafactor([p for p in trained.values() if p.is_cuda], lr=0.0)  # moves nothing
+    handles = update_in_backward(optimizer, {p: p for p in optimizer.group_of})
+    memory.start("load")  # samples, then resets the allocator's peak
+    with common.refuse_what_fails(model):
+        seconds_of_work(model, placed.head, train.to(device))  # the first time kernels are loaded too
+        seconds = seconds_of_work(model, placed.head, train.to(device))
+        with torch.no_grad():
+            common.target_log_probs(model, placed.head, evaluation.to(device), precision)
+    placed.copies.settle()
+    for handle in handles:
+        handle.remove()
+    memory.sample()
+    free, total = torch.cuda.mem_get_info()
+    return torch.cuda.max_memory_reserved(), total - free - torch.cuda.memory_reserved(), seconds
 
 
 def seconds_of_work(model, head, batch):
@@ -933,8 +974,9 @@ def parse(argv):
         "--memory_budget",
         type=common.above_zero,
         metavar="GIB",
-        help="memory of the GPU that may be in use in all, context and evaluation included; what does not fit streams "
-        "from host memory; None: 98 %% of the card, and never more",
+        help="memory of each GPU that may be in use in all, context and evaluation included; on one GPU what does not "
+        "fit streams from host memory, None: 98 %% of the card, and never more; on several, layers that fit stay "
+        "gathered between forward and backward, None: none of them",
     )
     return common.parse_arguments(parser, argv)
 
@@ -950,16 +992,21 @@ def load(args, data, limit, memory, device):
     trained = common.choose_trained(model, args.trained)
     leave_out_masks(model, longest=common.longest_sequence(data))
     evaluated = [s for row in data[1] for s in row.sequences]
-    largest = common.largest_batch(data[0] or evaluated, args.batch_size, PAD_TO, limit)
+    rows = -(-args.batch_size // common.ranks())
+    largest = common.largest_batch(data[0] or evaluated, rows, PAD_TO, limit)
     # Streamed or gathered from other GPUs, an evaluation batch costs a copy of the model: more tokens then, where
     # training keeps much more of each
     lengths = [common.padded_lengths(sequences, PAD_TO, limit) for sequences in (data[0], evaluated)]
-    tokens = max(1024, 2 * largest.ids.numel() // common.ranks(), max(lengths[1]))
-    if common.ranks() > 1:
-        return model, *place_shares(model, trained, device), tokens
+    tokens = max(1024, 2 * largest.ids.numel(), max(lengths[1]))
     common.checkpoint_activations(model)
     batches = largest, common.largest_batch(evaluated, tokens // max(lengths[1]), PAD_TO, limit)
     graphs = sum(map(len, lengths)) if not args.no_compile and graphs_pay(*common.planned_work(args, data, 1024)) else 0
+    if common.ranks() > 1:
+        trained, placed = place_shares(model, trained, device)
+        if args.memory_budget:
+            gather_once(model, trained, placed, batches, graphs, int(budget), memory, device)
+            common.ending.save_memory = f"a smaller --memory_budget or {common.ending.save_memory}"
+        return model, trained, placed, tokens
     plan = choose_plan(model, trained, batches, graphs, int(budget), memory, device)
     placed = place(model, plan, device)
     if device.type == "cuda" and plan.streamed < len(layers_alike(model)):
@@ -997,11 +1044,6 @@ def as_graphs(step, log_probs_of, model, optimizer, args, data, limit, eval_toke
 
 def main(argv=None):
     args = parse(argv)
-    if args.memory_budget and common.ranks() > 1:
-        raise common.UserError(
-            "--memory_budget is for one GPU: of several each holds its part of the weights, and nothing streams; leave "
-            "it out, and let torchrun start more processes if memory runs out (--nproc-per-node)"
-        )
     if args.memory_budget and not torch.cuda.is_available():
         raise common.UserError("--memory_budget is for a GPU, and there is none here: leave it out")
     device = common.set_up(args)

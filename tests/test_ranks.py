@@ -190,6 +190,60 @@ def test_the_eager_update_of_shards_is_that_of_the_whole(count, commands):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What is gathered, and when
+
+
+@pytest.fixture(scope="module")
+def gathers(commands):
+    """{layers that stay gathered: what tests/gathers_of_ranks.py prints of them}"""
+    (code, out, err), *others = commands.run_ranks(2, "tests/gathers_of_ranks")
+    assert code == 0, err + "".join(e for _, _, e in others)
+    return {int(kept): found for kept, found in json.loads(out.splitlines()[-1]).items()}
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_backward_gathers_each_part_once_before_it_is_needed(kept, gathers):
+    """All parts of the layer that comes next are asked for while the one before is still at work; none twice."""
+    parts = lambda k: [f"layers.{k}{part}" for part in ("", ".mlp.gate_proj", ".mlp.up_proj", ".mlp.down_proj")]  # noqa: E731
+    assert gathers[kept]["forward"] == [part for k in range(3) for part in parts(k)]
+    last_first = [(parts(k)[3], *parts(k)[:3]) for k in reversed(range(3 - kept))]
+    assert sorted(gathers[kept]["backward"]) == sorted(part for layer in last_first for part in layer)
+    if not kept:  # from the second layer in backward on; nobody is before the first
+        assert gathers[0]["backward"][4:] == [part for layer in last_first[1:] for part in layer]
+
+
+def test_layers_that_stay_gathered_are_let_go_by_reshard(gathers):
+    assert gathers[0]["after forward"] == []
+    assert gathers[1]["after forward"] == [2]
+    assert gathers[3]["after forward"] == [0, 1, 2]
+    for found in gathers.values():
+        assert found["after reshard"] == found["after backward"] == []
+
+
+def test_layers_that_stay_gathered_change_no_result(run):
+    """Bit for bit, with an evaluation between the epochs; in a run with --memory_budget on GPUs the same call."""
+    keep = (
+        "import common\nplain = common.shard\n"
+        "def shard(model, *args):\n"
+        "    sharded = plain(model, *args)\n"
+        "    common.keep_gathered(model, 2)\n"
+        "    return sharded\n"
+        "common.shard = shard"
+    )
+    plain = run(2, "finetune_lowmem", "plain", "--epochs", 2, "--eval_rows", 8)
+    kept = run(2, "finetune_lowmem", "kept", "--epochs", 2, "--eval_rows", 8, first=keep)
+    assert difference(plain, kept) == 0
+    assert (scores(plain, 2) == scores(kept, 2)).all()
+
+
+def test_how_many_layers_stay_gathered_within_a_budget():
+    within = lambda budget: finetune_lowmem.gathered_within(budget, least=100, layers=4, layer=10)  # noqa: E731
+    assert [within(budget) for budget in (100, 109, 110, 139, 140, 1000)] == [0, 0, 1, 3, 4, 4]
+    with pytest.raises(common.UserError, match="--memory_budget"):
+        within(99)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Batches and evaluation
 
 
@@ -484,15 +538,6 @@ def test_an_error_of_all_ranks_is_said_once(torchrun, tmp_path):
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(torchrun, tmp_path):
     line, saved = after_a_signal(torchrun("finetune_base"), signal.SIGTERM, tmp_path / "r")
     assert line == f"interrupted: the same command with --resume goes on from step {saved}"
-
-
-def test_a_budget_is_refused_by_name(model_folder, dataset_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "ranks", lambda: 2)
-    monkeypatch.setattr(common, "wait_for_all", lambda: None)
-    argv = ["--run-name", "r", "--output_dir", tmp_path, "--model", model_folder(), "--dataset", dataset_folder]
-    with pytest.raises(common.UserError, match="--memory_budget is for one GPU"):
-        finetune_lowmem.main([*map(str, argv), "--memory_budget", "6"])
-    assert not (tmp_path / "r").exists()
 
 
 def test_a_run_folder_that_machines_do_not_share_is_refused(tmp_path):

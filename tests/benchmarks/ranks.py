@@ -23,18 +23,24 @@ import torch
 import common
 import finetune_lowmem
 
-AS_IT_IS = {"NCCL_BUFFSIZE": "4194304", "NCCL_LL_BUFFSIZE": "262144", "NCCL_LL128_BUFFSIZE": "5242880", "NCCL_MAX_CTAS": "32"}  # fmt: skip
+AS_IT_IS = {"NCCL_BUFFSIZE": "4194304", "NCCL_LL_BUFFSIZE": "262144", "NCCL_LL128_BUFFSIZE": "5242880"}
+BUDGET = ", --memory_budget 40"
 # name: (GPUs, shape, flags, (steps before timing, timed, profiled), GiB that each card may have or None, environment)
 CASES = {
     "1B, one GPU": (1, "1B", [], (64, 136, 0), None, {}),
     "1B, one GPU, other rounding noise": (1, "1B", [], (64, 136, 0), None, {}),
     "1B, two GPUs": (2, "1B", [], (64, 136, 0), None, {}),
     "1B, two GPUs, compiled": (2, "1B", [], (64, 64, 0), None, {}),
+    "1B, two GPUs, --trained all": (2, "1B", ["--trained", "all"], (64, 64, 0), None, {}),
     "8B, one GPU": (1, "8B", [], (32, 32, 0), None, {}),
     "8B, two GPUs": (2, "8B", [], (32, 32, 0), None, {}),
+    "8B, one GPU, batch 16": (1, "8B", ["--batch_size", "16"], (32, 32, 0), None, {}),
     "8B, one GPU, batch 32": (1, "8B", ["--batch_size", "32"], (32, 32, 0), None, {}),
     "8B, two GPUs, batch 32": (2, "8B", ["--batch_size", "32"], (32, 32, 0), None, {}),
+    f"8B, two GPUs, batch 32{BUDGET}": (2, "8B", ["--batch_size", "32", *BUDGET[2:].split()], (32, 32, 0), None, {}),
     "8B, two GPUs, batch 32, NCCL as it is": (2, "8B", ["--batch_size", "32"], (32, 32, 0), None, AS_IT_IS),
+    "8B, one GPU, batch 128": (1, "8B", ["--batch_size", "128"], (8, 12, 0), None, {}),
+    "8B, two GPUs, batch 128": (2, "8B", ["--batch_size", "128"], (8, 12, 0), None, {}),
     "32B, two GPUs": (2, "32B", ["--eval_rows", "40"], (12, 12, 0), 40, {}),
 }
 CONTEXT = 1.7  # GiB of a capped card that PyTorch does not count: CUDA, graphs, NCCL
@@ -108,11 +114,14 @@ def worker(name, args):
 def compare(cases):
     """Lines: throughput of two GPUs over one, and how far apart the losses of the 1B runs are."""
     found = {case["case"]: case for case in cases if "failed" not in case}
-    for name in ("8B, two GPUs", "8B, two GPUs, batch 32", "8B, two GPUs, batch 32, NCCL as it is"):
-        one = name.split(", NCCL")[0].replace("two GPUs", "one GPU")
-        if {name, one} <= found.keys():
-            ratio = found[name]["rows_per_second"] / found[one]["rows_per_second"]
-            yield f"{name}: {ratio:.2f} times the rows/s of {one}"
+    for name, case in found.items():
+        one = name.split(", NCCL")[0].split(BUDGET)[0].replace("two GPUs", "one GPU")
+        if one != name and one in found:
+            yield f"{name}: {case['rows_per_second'] / found[one]['rows_per_second']:.2f} times the rows/s of {one}"
+    half, whole = (found.get(f"8B, one GPU, batch {rows}") for rows in (16, 32))
+    if half and whole:
+        ratio = whole["ms_per_step"] / half["ms_per_step"]
+        yield f"8B, one GPU, batch 32: a step takes {ratio:.2f} times that of batch 16, two GPUs' if nothing went between them"
     one, noise, two = (found.get(f"1B, {rest}") for rest in ("one GPU", "one GPU, other rounding noise", "two GPUs"))
     if one and noise and two:
         for name, other in (("two GPUs", two), ("other rounding noise", noise)):
