@@ -1790,6 +1790,10 @@ def fused_adafactor_update(p, g, row, col, lr, beta2, rounding, count, number, s
     skipped: int64 scalar tensor, plus 1 where the update is not finite. Equal inputs give equal bits.
     whole: as there; the sums that go over all ranks are then all that a kernel needs of those of the one before.
     """
+    if not p.numel():  # of fewer rows than ranks this one has none, but joins in the sums
+        count += 1
+        skipped += ~adafactor_update(p, g, row, col, lr, beta2, "nearest", whole=whole)
+        return
     (rows, cols), all_rows = p.shape, whole or p.shape[0]
     stochastic = rounding == "stochastic" and p.dtype == torch.bfloat16
     # Tile heights and widths, and programs enough for a whole GPU: the best of those tried on an H100
@@ -1910,9 +1914,6 @@ class Adafactor(torch.optim.Optimizer):
         noise = {"count": state["count"], "number": self.number_of[p], "seed": self.seed, "skipped": self.skipped}
         if own.shape[1] == 1:
             fused_vector_update(*args, **noise, compensation=compensation, whole=whole)
-        elif not own.numel():  # fewer rows than ranks: this one has none, but joins the sums and keeps the columns'
-            state["count"] += 1
-            self.skipped += ~adafactor_update(*args, "nearest", whole=whole)
         else:
             fused_adafactor_update(*args, rounding, **noise, whole=whole)
 

@@ -163,10 +163,10 @@ def test_bf16_update_has_the_truth_as_its_mean(device, fused):
 
 @pytest.mark.parametrize(("device", "fused"), UPDATES)
 def test_small_steps_move_the_weights_only_with_stochastic_rounding(device, fused):
-    """50 or 200 steps of 1e-4 relative, all one way: nearest rounding leaves every weight where it was."""
+    """20 or 200 steps of 1e-4 relative, all one way: nearest rounding leaves every weight where it was."""
     moved = {}
     interpreted = fused and device == "cpu"  # whose cast from fp32 to bf16 truncates: nearest cannot be tried there
-    steps = 50 if interpreted else 200
+    steps = 20 if interpreted else 200
     for rounding in ("stochastic",) if interpreted else ("stochastic", "nearest"):
         p = torch.nn.Parameter(torch.full((64, 64), 1.0, dtype=torch.bfloat16, device=device))
         optimizer = Adafactor([p], lr=1e-4, rounding=rounding, fused=fused)
@@ -175,8 +175,8 @@ def test_small_steps_move_the_weights_only_with_stochastic_rounding(device, fuse
             optimizer.step()
         moved[rounding] = 1 - p.float().mean().item()
     assert moved.get("nearest", 0) == 0
-    # a weight's path is ~2.56 moves of 2^-8 (below 1), standard deviation of the mean of 4,096: 1e-4
-    assert moved["stochastic"] == pytest.approx(1 - (1 - 1e-4) ** steps, abs=5e-4)
+    # a weight's path is ~0.5 or 5 moves of 2^-8 (below 1); standard deviation of the mean of 4,096: 4.4e-5 or 1.4e-4
+    assert moved["stochastic"] == pytest.approx(1 - (1 - 1e-4) ** steps, abs=2.5e-4 if interpreted else 7e-4)
 
 
 @pytest.mark.parametrize(("device", "fused"), UPDATES)
@@ -476,8 +476,11 @@ def test_the_kernels_compile_for_older_gpus(tmp_path):
     """For sm_80, 86 and 89 (A100, RTX 30 and RTX 40), none of which we have: all their code, within their memory."""
     pytest.importorskip("triton")
     variables = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, Path(__file__).parent / "compile_kernels.py", "80", "86", "89"]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 3 * 7
-    assert max(int(line.split()[2]) for line in done.stdout.splitlines()) <= 48 * 1024  # what any program may have
+    command = [sys.executable, Path(__file__).parent / "compile_kernels.py"]
+    options = {"env": variables, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = [subprocess.Popen([*command, gpu], **options) for gpu in ("80", "86", "89")]
+    for process in started:
+        out, err = process.communicate()
+        assert process.returncode == 0, err[-3000:]
+        assert len(out.splitlines()) == 7
+        assert max(int(line.split()[2]) for line in out.splitlines()) <= 48 * 1024  # what any program may have

@@ -1,5 +1,6 @@
 """The accuracy benchmark's choices, statistics and bookkeeping; what it measures needs a GPU and an hour."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -120,7 +121,12 @@ def test_differences_are_between_common_seeds():
     assert acc.startswith("+50.00 ")
 
 
-def test_the_tables_print_what_the_results_hold():
+@pytest.fixture
+def few_draws(monkeypatch):
+    monkeypatch.setattr(accuracy, "difference", functools.partial(accuracy.difference, draws=500))
+
+
+def test_the_tables_print_what_the_results_hold(few_draws):
     rows = {"acc": "10", "acc_norm": "11", "gold_nll": [79.0, 81.0]}
     cells = accuracy.missing_cells({}, list(accuracy.METHODS))
     found = as_results(*(result(*cell, gold_nll=80 + cell[1], rows=rows) for cell in cells))
@@ -165,7 +171,7 @@ def test_rates_beyond_the_grid_are_a_methods_own():
     assert more not in accuracy.grid("low-memory")
 
 
-def test_methods_are_compared_at_equal_gold_nll_too():
+def test_methods_are_compared_at_equal_gold_nll_too(few_draws):
     """Between 1e-4 and 2e-4, where the low-memory script's gold NLL is 79 and 81: at 79.5 a quarter of the way."""
     rows = [{"acc": a, "acc_norm": "11", "gold_nll": [nll, nll + 2]} for a, nll in (("10", 78.0), ("11", 80.0))]
     rates = {rate: 80.0 + abs(k - 3) for k, rate in enumerate(accuracy.GRID)} | {1e-4: 79.0, 2e-4: 81.0}

@@ -114,9 +114,12 @@ def shards(x, count):
 
 @pytest.mark.parametrize("bad", [False, True])
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("shape", [(40, 30), (9, 700), (130, 5), (41, 1), (4, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 30), (9, 700), (130, 5), (4, 30), (41, 1), (4, 1)], ids=str)
 def test_kernels_on_shards_equal_fp64_truth(shape, count, bad, monkeypatch):
-    """Interpreted on a CPU. bad: one rank's gradient is not finite at the last step, which then moves nothing anywhere."""
+    """Interpreted on a CPU. bad: one rank's gradient is not finite at the last step, which then moves nothing anywhere.
+
+    Of 4 rows on 3 ranks the last has none.
+    """
     pytest.importorskip("triton")
     torch.manual_seed(0)
     start, gradients = torch.randn(shape), [torch.randn(shape) * torch.rand(shape) for _ in range(3)]
@@ -127,7 +130,7 @@ def test_kernels_on_shards_equal_fp64_truth(shape, count, bad, monkeypatch):
         else:
             expected = truth(expected, g, state, lr=1e-2)
     if bad:
-        gradients[2][-1, -1] = math.nan
+        gradients[2][-1, -1] = math.nan  # the last row's, which the last rank with any has
 
     def work(rank):
         p, state = shards(start, count)[rank], {"skipped": torch.zeros((), dtype=torch.int64)}
@@ -140,7 +143,9 @@ def test_kernels_on_shards_equal_fp64_truth(shape, count, bad, monkeypatch):
     found = torch.cat([p for p, _ in results])
     assert (found.double() - expected).abs().max() < 2e-5  # as for a whole tensor, in test_adafactor.py
     assert all(state["skipped"] == bad and state["count"] == 3 for _, state in results)
-    assert all(torch.equal(state["col"], results[0][1]["col"]) for _, state in results)
+    col = results[0][1]["col"]
+    assert all(torch.equal(state["col"], col) for p, state in results if len(p))
+    assert all(torch.allclose(state["col"], col, rtol=1e-6) for _, state in results)
 
 
 @pytest.mark.parametrize("shape", [(40, 30), (41, 1)], ids=str)
@@ -173,9 +178,8 @@ def test_shards_of_equal_weights_round_differently(shape, monkeypatch):
         return part
 
     first, second = as_ranks(2, work, monkeypatch)
-    assert (
-        0.2 < (first != second).float().mean() < 0.8
-    )  # a half, 5 standard deviations of 32 draws are 0.44 ... of 1024 0.08
+    # a half; of the 32 draws of a vector five standard deviations are 0.44, of the matrix's 1,024 0.08
+    assert 0.06 < (first != second).float().mean() < 0.94
     assert {*first.flatten().tolist(), *second.flatten().tolist()} == {1.0, 1 - 2**-8}
 
 

@@ -11,6 +11,7 @@ model do not fit the host; the 1B cases, whose losses are compared, have the sam
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -41,7 +42,7 @@ CASES = {
     "8B, two GPUs, batch 32, NCCL as it is": (2, "8B", ["--batch_size", "32"], (32, 32, 0), None, AS_IT_IS),
     "8B, one GPU, batch 128": (1, "8B", ["--batch_size", "128"], (8, 12, 0), None, {}),
     "8B, two GPUs, batch 128": (2, "8B", ["--batch_size", "128"], (8, 12, 0), None, {}),
-    "32B, two GPUs": (2, "32B", ["--eval_rows", "40"], (12, 12, 0), 40, {}),
+    "32B, two GPUs": (2, "32B", [], (12, 12, 0), 40, {}),
 }
 CONTEXT = 1.7  # GiB of a capped card that PyTorch does not count: CUDA, graphs, NCCL
 
@@ -94,7 +95,15 @@ def worker(name, args):
         "--dataset",
         args.dataset,
     ]
-    argv += ["--eval_rows", "200", "--log_every", "20", "--no_save_model", "--schedule", "constant"]
+    argv += [
+        "--eval_rows",
+        "200" if shape == "1B" else "40",
+        "--log_every",
+        "20",
+        "--no_save_model",
+        "--schedule",
+        "constant",
+    ]
     summary = finetune_lowmem.main([*argv, "--max_steps", str(before + timed + profiled), *flags])
     if common.rank() == 0:
         kept = (
@@ -118,6 +127,12 @@ def compare(cases):
         one = name.split(", NCCL")[0].split(BUDGET)[0].replace("two GPUs", "one GPU")
         if one != name and one in found:
             yield f"{name}: {case['rows_per_second'] / found[one]['rows_per_second']:.2f} times the rows/s of {one}"
+        if "predicted_gib" in case:
+            on_card = case["memory_gib"]["train"]["device"]
+            yield (
+                f"{name}: {case['layers_gathered']} layers stay gathered, {case['predicted_gib']:.2f} GiB predicted, "
+                f"{on_card:.2f} on the card"
+            )
     half, whole = (found.get(f"8B, one GPU, batch {rows}") for rows in (16, 32))
     if half and whole:
         ratio = whole["ms_per_step"] / half["ms_per_step"]
@@ -213,11 +228,13 @@ def main():
         gpus, shape, *_, environment = CASES[case]
         with tempfile.TemporaryDirectory() as folder:
             gpu.make_folder(shape, args.tokenizer, Path(folder, "model"))
-            start = ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus)] if gpus > 1 else []
+            start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)] if gpus > 1 else []
             command = [sys.executable, *start, __file__, *sys.argv[1:], "--case", case, "--folder", folder]
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
             file = Path(folder, "result.json")
             result = json.loads(file.read_text()) if file.exists() else {"case": case, "commit": args.commit}
+        if said := re.search(r"(\d+) of \d+ decoder layers stay gathered.*predicted peak ([\d.]+)", done.stdout):
+            result |= {"layers_gathered": int(said[1]), "predicted_gib": float(said[2])}
         if done.returncode:
             print(f"{case} failed:\n{done.stdout[-1500:]}\n{done.stderr[-4000:]}", flush=True)
             result["failed"] = done.stderr[-300:]
