@@ -619,7 +619,7 @@ def _gather_ahead(parts):
     """Gather the parts {layer: [module]} in the order in which backward, with gradient checkpointing, needs them.
 
     A layer's last part comes first, then what is left of the layer and the other parts, for the layer to run again.
-    FSDP2's own order is that of forward, reversed, one part ahead: of 8B on two H200s each layer then waits for 1.1 ms.
+    FSDP2's own order is that of forward, reversed, one part ahead: on two H200s a step of 8B takes 0.5 ms a layer more.
     """
     behind = None  # the first part of the layer whose backward ran before
     for layer, its_parts in reversed(parts.items()):

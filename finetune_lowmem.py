@@ -642,6 +642,8 @@ def gather_once(model, trained, placed, batches, graphs, budget, memory, device)
     least = max(common.of_all_ranks(most + outside + GAPS))
     kept = gathered_within(budget, least, len(layers), layer)
     common.keep_gathered(model, kept)
+    if kept:
+        common.ending.save_memory = f"a smaller --memory_budget or {common.ending.save_memory}"
     torch.cuda.set_per_process_memory_fraction(min(1.0, (budget - outside) / memory.total))
     print(
         f"{kept} of {len(layers)} decoder layers stay gathered between forward and backward; "
@@ -1005,7 +1007,6 @@ def load(args, data, limit, memory, device):
         trained, placed = place_shares(model, trained, device)
         if args.memory_budget:
             gather_once(model, trained, placed, batches, graphs, int(budget), memory, device)
-            common.ending.save_memory = f"a smaller --memory_budget or {common.ending.save_memory}"
         return model, trained, placed, tokens
     plan = choose_plan(model, trained, batches, graphs, int(budget), memory, device)
     placed = place(model, plan, device)

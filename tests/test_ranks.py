@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from test_adafactor import truth
 from test_cli import lines, weights
 from test_faults import has_lines, timeless, wait_until
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
 import finetune_lowmem
@@ -245,6 +247,27 @@ def test_how_many_layers_stay_gathered_within_a_budget():
     assert [within(budget) for budget in (100, 109, 110, 139, 140, 1000)] == [0, 0, 1, 3, 4, 4]
     with pytest.raises(common.UserError, match="--memory_budget"):
         within(99)
+
+
+def test_a_budget_is_that_of_the_rank_that_needs_most(monkeypatch, capsys):
+    """Of sizes in bytes: what PyTorch and others were measured to take, 2 graphs of 3 layers, and the gaps."""
+    size = {"hidden_size": 16, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 32}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **size))
+    layer, kept, limits = common.size_in_bytes(model.model.layers[0].parameters()), [], []
+    monkeypatch.setattr(finetune_lowmem, "measure", lambda *args: (1000, 200, None))
+    monkeypatch.setattr(finetune_lowmem, "GRAPH_OF_RANKS", 10)
+    monkeypatch.setattr(finetune_lowmem, "GAPS", 100)
+    monkeypatch.setattr(common, "of_all_ranks", lambda need: [need, need + 50])
+    monkeypatch.setattr(common, "keep_gathered", lambda model, count: kept.append(count))
+    monkeypatch.setattr(common.ending, "save_memory", "less")
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    least, total = 1000 + 200 + 2 * 3 * 10 + 100 + 50, 10 * layer
+    for budget in (least, least + 2 * layer):
+        finetune_lowmem.gather_once(model, {}, None, None, 2, budget, SimpleNamespace(total=total), None)
+    assert kept == [0, 2]
+    assert limits == [(budget - 260) / total for budget in (least, least + 2 * layer)]
+    assert common.ending.save_memory == "a smaller --memory_budget or less"
+    assert "2 of 3 decoder layers stay gathered" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
