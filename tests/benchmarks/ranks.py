@@ -35,14 +35,20 @@ CASES = {
     "1B, two GPUs, --trained all": (2, "1B", ["--trained", "all"], (64, 64, 0), None, {}),
     "8B, one GPU": (1, "8B", [], (32, 32, 0), None, {}),
     "8B, two GPUs": (2, "8B", [], (32, 32, 0), None, {}),
-    "8B, one GPU, batch 16": (1, "8B", ["--batch_size", "16"], (32, 32, 0), None, {}),
+    "8B, one GPU, batch 16": (1, "8B", ["--batch_size", "16"], (32, 32, 8), None, {}),
     "8B, one GPU, batch 32": (1, "8B", ["--batch_size", "32"], (32, 32, 0), None, {}),
-    "8B, two GPUs, batch 32": (2, "8B", ["--batch_size", "32"], (32, 32, 0), None, {}),
-    f"8B, two GPUs, batch 32{BUDGET}": (2, "8B", ["--batch_size", "32", *BUDGET[2:].split()], (32, 32, 0), None, {}),
+    "8B, two GPUs, batch 32": (2, "8B", ["--batch_size", "32"], (32, 32, 8), None, {}),
+    f"8B, two GPUs, batch 32{BUDGET}": (2, "8B", ["--batch_size", "32", *BUDGET[2:].split()], (32, 32, 8), None, {}),
     "8B, two GPUs, batch 32, NCCL as it is": (2, "8B", ["--batch_size", "32"], (32, 32, 0), None, AS_IT_IS),
     "8B, one GPU, batch 128": (1, "8B", ["--batch_size", "128"], (8, 12, 0), None, {}),
     "8B, two GPUs, batch 128": (2, "8B", ["--batch_size", "128"], (8, 12, 0), None, {}),
     "32B, two GPUs": (2, "32B", [], (12, 12, 0), 40, {}),
+}
+KERNELS = {  # by what is in their names
+    "matrix products": "nvjet|gemm",
+    "communication": "nccl",
+    "FSDP2's copies": "split_with_sizes|chunk_cat|multi_tensor_apply",
+    "update": f"^({'|'.join(gpu.UPDATE_KERNELS)})$",
 }
 CONTEXT = 1.7  # GiB of a capped card that PyTorch does not count: CUDA, graphs, NCCL
 
@@ -117,6 +123,11 @@ def worker(name, args):
         )
         result = {"case": name, "commit": args.commit, "gpus": gpus, "batch_size": summary["args"]["batch_size"]}
         result |= {"cap_gib": cap} | stopwatch.result() | {key: summary[key] for key in kept}
+        if stopwatch.kernels:
+            result["kernel_ms"] = {
+                kind: sum(ms for name, (ms, _) in stopwatch.kernels.items() if re.search(names, name))
+                for kind, names in KERNELS.items()
+            }
         Path(args.folder, "result.json").write_text(json.dumps(result | {"machine": gpu.machine()}))
 
 
@@ -133,6 +144,9 @@ def compare(cases):
                 f"{name}: {case['layers_gathered']} layers stay gathered, {case['predicted_gib']:.2f} GiB predicted, "
                 f"{on_card:.2f} on the card"
             )
+        if "kernel_ms" in case:
+            times = ", ".join(f"{kind} {ms:.0f}" for kind, ms in case["kernel_ms"].items())
+            yield f"{name}: of a step of {case['ms_per_step']:.0f} ms, kernels that may run side by side, ms: {times}"
     half, whole = (found.get(f"8B, one GPU, batch {rows}") for rows in (16, 32))
     if half and whole:
         ratio = whole["ms_per_step"] / half["ms_per_step"]
