@@ -146,7 +146,8 @@ def test_kernels_on_shards_equal_fp64_truth(shape, count, bad, monkeypatch):
     assert (found.double() - expected).abs().max() < 2e-5  # as for a whole tensor, in test_adafactor.py
     assert all(state["skipped"] == bad and state["count"] == 3 for _, state in results)
     col = results[0][1]["col"]
-    assert all(torch.equal(state["col"], col) for p, state in results if len(p))
+    by_kernels = [len(p) > 0 or shape[1] == 1 for p, _ in results]
+    assert all(torch.equal(state["col"], col) for (_, state), same in zip(results, by_kernels, strict=True) if same)
     assert all(torch.allclose(state["col"], col, rtol=1e-6) for _, state in results)
 
 
@@ -180,8 +181,8 @@ def test_shards_of_equal_weights_round_differently(shape, monkeypatch):
         return part
 
     first, second = as_ranks(2, work, monkeypatch)
-    # a half; of the 32 draws of a vector five standard deviations are 0.44, of the matrix's 1,024 0.08
-    assert 0.06 < (first != second).float().mean() < 0.94
+    # a half; 0.3 is 3.4 standard deviations of the 32 draws of a vector, 19 of the matrix's 1,024
+    assert 0.2 < (first != second).float().mean() < 0.8
     assert {*first.flatten().tolist(), *second.flatten().tolist()} == {1.0, 1 - 2**-8}
 
 

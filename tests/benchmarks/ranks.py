@@ -91,36 +91,13 @@ def worker(name, args):
     if cap:
         total = torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction((cap - CONTEXT) * common.GIB / total)
-    argv = [
-        "--run-name",
-        "x",
-        "--output_dir",
-        args.folder,
-        "--model",
-        f"{args.folder}/model",
-        "--dataset",
-        args.dataset,
-    ]
-    argv += [
-        "--eval_rows",
-        "200" if shape == "1B" else "40",
-        "--log_every",
-        "20",
-        "--no_save_model",
-        "--schedule",
-        "constant",
-    ]
+    argv = ["--run-name", "x", "--output_dir", args.folder, "--model", f"{args.folder}/model"]
+    argv += ["--eval_rows", "200" if shape == "1B" else "40", "--log_every", "20", "--no_save_model"]
+    argv += ["--schedule", "constant", "--dataset", args.dataset]
     summary = finetune_lowmem.main([*argv, "--max_steps", str(before + timed + profiled), *flags])
     if common.rank() == 0:
-        kept = (
-            "memory_gib",
-            "memory_of_rank",
-            "ledger_gib",
-            "eval",
-            "seconds_to_first_step",
-            "skipped_updates",
-            "versions",
-        )
+        kept = ["memory_gib", "memory_of_rank", "ledger_gib", "eval", "seconds_to_first_step"]
+        kept += ["skipped_updates", "versions"]
         result = {"case": name, "commit": args.commit, "gpus": gpus, "batch_size": summary["args"]["batch_size"]}
         result |= {"cap_gib": cap} | stopwatch.result() | {key: summary[key] for key in kept}
         if stopwatch.kernels:
