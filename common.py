@@ -516,7 +516,9 @@ def processes_of_torchrun():
     say_when_stuck()
     with ExitStack() as silence:
         if rank():
-            scratch.folder = Path(silence.enter_context(tempfile.TemporaryDirectory()))
+            # TensorBoard's thread may write while an error has this removed, and the error is what is to be told
+            folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+            scratch.folder = Path(silence.enter_context(folder))
             nowhere = silence.enter_context(open(os.devnull, "w"))
             silence.enter_context(redirect_stdout(nowhere))
             silence.enter_context(redirect_stderr(nowhere))

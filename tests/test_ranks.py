@@ -530,19 +530,8 @@ def test_a_signal_to_one_rank_while_it_loads_leaves_no_traceback(run, commands, 
     first += "plain = Reader.read_data\ndef read_data(*args):\n    if os.environ['RANK'] == '1':\n"
     first += "        os.kill(os.getpid(), signal.SIGINT)\n    return plain(*args)\nReader.read_data = read_data"
     argv = ["--run-name", "r", "--output_dir", tmp_path, "--model", model_folder(), "--dataset", dataset_folder]
-    argv += [
-        "--batch_size",
-        8,
-        "--log_every",
-        1,
-        "--lr",
-        "1e-3",
-        "--schedule",
-        "constant",
-        "--max_steps",
-        4,
-        "--resume",
-    ]
+    argv += ["--batch_size", 8, "--log_every", 1, "--lr", "1e-3", "--schedule", "constant"]
+    argv += ["--max_steps", 4, "--resume"]
     ended = commands.run_ranks(2, "finetune_lowmem", *argv, first=first)
     assert {code for code, _, _ in ended} == {128 + signal.SIGINT, 128 + signal.SIGTERM}
     assert not any("Traceback" in err for _, _, err in ended)
@@ -550,7 +539,12 @@ def test_a_signal_to_one_rank_while_it_loads_leaves_no_traceback(run, commands, 
 
 
 def test_an_error_of_one_rank_is_the_jobs(torchrun, tmp_path):
-    fault = after_each_step("if step == 3 and common.rank() == 1: raise common.UserError('rank 1 fails')")
+    """Also where TensorBoard's thread still writes to what is removed then."""
+    board = "import threading\nfrom itertools import count\nfrom pathlib import Path\ndef write(folder):\n"
+    board += "    for number in count():\n        Path(folder, f'events{number}').touch()\n"
+    fault = "if step == 3 and common.rank() == 1: "
+    fault += "threading.Thread(target=write, args=[common.scratch.folder], daemon=True).start(); "
+    fault = board + after_each_step(fault + "raise common.UserError('rank 1 fails')")
     said, err = ended(torchrun("finetune_lowmem", first=fault), 120)
     assert said == ["error: rank 1 fails"], err
     assert err.count("Traceback") == 1  # torchrun's own
