@@ -24,7 +24,12 @@ import torch
 import common
 import finetune_lowmem
 
-AS_IT_IS = {"NCCL_BUFFSIZE": "4194304", "NCCL_LL_BUFFSIZE": "262144", "NCCL_LL128_BUFFSIZE": "5242880"}
+AS_IT_IS = {
+    "NCCL_BUFFSIZE": "4194304",
+    "NCCL_LL_BUFFSIZE": "262144",
+    "NCCL_LL128_BUFFSIZE": "5242880",
+    "NCCL_MAX_CTAS": "32",
+}
 BUDGET = ", --memory_budget 40"
 # name: (GPUs, shape, flags, (steps before timing, timed, profiled), GiB that each card may have or None, environment)
 CASES = {
