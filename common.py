@@ -2615,10 +2615,13 @@ class Run:
     def _order(self, epoch):
         return batch_order([len(s.ids) for s in self.train], self.args.batch_size, self.args.seed, epoch)
 
-    def batches_done(self):
-        """The `batch_shape` of each batch that was trained on so far, which are those before the checkpoint."""
-        for epoch in range(1, self.progress["epoch"] + 1):
-            last = self.progress["batch"] if epoch == self.progress["epoch"] else None
+    def expected_batches(self):
+        """The `batch_shape` of each batch of the first epoch, and of the later ones before the checkpoint.
+
+        A run that goes on expects what it would by then without the break, also if --epochs or --max_steps changed.
+        """
+        for epoch in range(1, max(1, self.progress["epoch"]) + 1):
+            last = self.progress["batch"] if 1 < epoch == self.progress["epoch"] else None
             for rows in self._order(epoch)[:last]:
                 yield batch_shape([self.train[row] for row in rows], self.pad_to, self.limit)
 

@@ -787,8 +787,8 @@ class Graphs:
 
     One graph for each shape of ids, captured when its first batch comes; by then what `function` needs must be compiled
     and loaded (`warm_up`). A batch of fewer than `rows` rows is filled up. The list of targets is padded to a multiple
-    of 128, of the most so far, and a graph captured anew when a batch has more of them. All graphs share `pool`: one
-    runs after the other, so that together they need no more memory than the largest.
+    of 128, of the most expected or seen so far, and a graph captured anew when a batch has more of them. All graphs
+    share `pool`: one runs after the other, so that together they need no more memory than the largest.
     """
 
     def __init__(self, function, pool, rows=0):
@@ -797,7 +797,8 @@ class Graphs:
     def expect(self, rows, length, targets):
         """Make room for a batch [rows, length] with so many targets; return the shape of its graph.
 
-        The padding changes the last bits of the result. So a run that goes on expects what it saw before.
+        To capture anew takes as long as two steps on two H200s. And the padding changes the last bits of the result: a
+        run that goes on expects what it saw before.
         """
         shape = max(rows, self.rows), length
         self.targets[shape] = max(self.targets.get(shape, 0), -(-targets // 128) * 128)
@@ -1115,7 +1116,7 @@ def main(argv=None):
         eval_tokens=eval_tokens,
         at_home=placed.layers.at_home,
     )
-    for size in run.batches_done() if graphs else ():
+    for size in run.expected_batches() if graphs else ():
         step.expect(*size)
     run.evaluate(epoch=0)
     for epoch in run.epochs():

@@ -434,8 +434,8 @@ def test_a_run_killed_while_its_first_file_is_written_starts_over(run, tmp_path)
     assert kept == {"config.json", "eval_epoch0.jsonl", "metrics.jsonl", "model", "summary.json"}
 
 
-def test_a_run_that_goes_on_knows_the_batches_before(run, monkeypatch):
-    """Their padded sizes, by which graphs are captured, are those that were trained on."""
+def test_a_run_expects_the_batches_of_its_first_epoch_and_those_before_a_break(run, monkeypatch):
+    """Their padded sizes, by which graphs are captured, are those that are trained on."""
     seen, runs, plain = [], [], common.Run.after_step
 
     def after_step(run, loss, batch):
@@ -447,11 +447,17 @@ def test_a_run_that_goes_on_knows_the_batches_before(run, monkeypatch):
     monkeypatch.setattr(
         common.Run, "__init__", lambda one, *a, **how: (runs.append(one), plain_init(one, *a, **how))[1]
     )
+    run("finetune_lowmem", "one", "--epochs", 2, "--max_steps", 1)
+    first = list(runs[0].expected_batches())
+    assert first[:1] == seen
+    seen.clear()
     run("finetune_lowmem", "r", "--epochs", 3, "--max_steps", 11)
-    assert list(runs[0].batches_done()) == seen
-    run("finetune_lowmem", "r", "--epochs", 3, "--max_steps", 13, "--resume")
-    assert list(runs[1].batches_done()) == seen
-    assert len(set(seen)) > 1
+    assert len(first) < 11 < 3 * len(first)
+    assert seen[: len(first)] == first
+    assert list(runs[1].expected_batches()) == seen
+    run("finetune_lowmem", "r", "--epochs", 4, "--max_steps", 13, "--resume")
+    assert list(runs[2].expected_batches()) == seen
+    assert len(set(first)) > 1
 
 
 def test_metrics_have_no_gap_when_resumed_twice_between_log_lines(run):
