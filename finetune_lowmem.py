@@ -44,7 +44,7 @@ COMPILING_PAYS = 8000  # steps: on an H100 it takes 34 s at the start, and saves
 PAD_TO = 32  # tokens: few lengths, few graphs
 SLOTS = 2  # layers on the device of those that stream
 GRAPH = 2**19  # bytes that CUDA takes for each decoder layer in a graph: on an H100 0.44 MiB, an evaluation's less
-GRAPH_OF_RANKS = 3 * 2**20  # the same with the communication of several GPUs: on two H200s 2.3 to 2.9 MiB
+GRAPH_OF_RANKS = 3 * 2**20  # the same with the communication of several GPUs: on two H200s 2.2 to 2.9 MiB
 GAPS = 2**26  # bytes that PyTorch's allocator cannot use, beyond those of the measured step: 0.03 to 0.06 GiB
 # NCCL's buffers and thread blocks, fewer than its own: on two H200s 0.3 GiB less on each, as fast
 NCCL = {"BUFFSIZE": 2**21, "LL_BUFFSIZE": 2**16, "LL128_BUFFSIZE": 2**17, "MAX_CTAS": 16}

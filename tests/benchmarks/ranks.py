@@ -115,11 +115,11 @@ def worker(name, args):
 
 
 def compare(cases):
-    """Lines: throughput of two GPUs over one, and how far apart the losses of the 1B runs are."""
+    """Lines: throughput of two GPUs over one, at the same commit, and how far apart the losses of the 1B runs are."""
     found = {case["case"]: case for case in cases if "failed" not in case}
     for name, case in found.items():
         one = name.split(", NCCL")[0].split(BUDGET)[0].replace("two GPUs", "one GPU")
-        if one != name and one in found:
+        if one != name and one in found and found[one]["commit"] == case["commit"]:
             yield f"{name}: {case['rows_per_second'] / found[one]['rows_per_second']:.2f} times the rows/s of {one}"
         if "predicted_gib" in case:
             on_card = case["memory_gib"]["train"]["device"]
