@@ -4,8 +4,8 @@
     python tests/benchmarks/ranks.py --reckon results.json   # from such results, what 70B needs on 8 and 16 GPUs
 
 As gpu.py, whose parts it uses: each case is the real script, in a process for each GPU. Layers are not compiled, as in a
-run of fewer than 8,000 steps. Timed are steps of the demo's rows in which no graph is captured: those before have had each
-length. Of several ranks the layers' random weights are made on each GPU, since two copies of a 32B model do not fit the
+run of fewer than 8,000 steps. With the demo's rows no graph is captured in the timed steps: each of their lengths came
+before. Of several ranks the layers' random weights are made on each GPU, since two copies of a 32B model do not fit the
 host; the 1B cases, whose losses are compared, have the same weights.
 """
 
