@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,12 @@ from conftest import make_row
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import accuracy
 import noise
+import ranks
 import variant
 
 import common
+
+ROOT = Path(__file__).parents[1]
 
 
 def result(method, lr, seed, gold_nll=80.0, acc_norm=40.0, rows=None):
@@ -425,3 +429,29 @@ def test_the_noise_reckoned_is_that_of_the_updates():
     assert (added.mean() / reckoned.mean()).item() == pytest.approx(0.70, abs=0.04)
     small = start.float().abs() < 0.5
     assert (added[small].mean() / reckoned[small].mean()).item() == pytest.approx(0.635, abs=0.04)
+
+
+def test_the_speed_of_one_and_of_two_gpus_is_compared_at_one_commit_only():
+    one = {"case": "8B, one GPU", "commit": "a", "rows_per_second": 10.0}
+    two = {"case": "8B, two GPUs", "commit": "a", "rows_per_second": 15.0}
+    assert list(ranks.compare([one, two])) == ["8B, two GPUs: 1.50 times the rows/s of 8B, one GPU"]
+    assert list(ranks.compare([one, two | {"commit": "b"}])) == []
+
+
+def test_the_readme_has_the_results_of_two_gpus():
+    """Of the cases that its table names: memory and, where timed at the newest commit, rows/s."""
+    cases = json.loads((ROOT / "tests/benchmarks/results/ranks-h200.json").read_text())["cases"]
+    readme = (ROOT / "README.md").read_text()
+    for case in cases:
+        if case["case"].startswith("8B") and "batch 16" not in case["case"] and "NCCL" not in case["case"]:
+            train = case["memory_gib"]["train"]
+            cells = [
+                case["batch_size"],
+                case["gpus"],
+                *(f"{train[k]:.2f}" for k in ("device", "reserved", "allocated")),
+            ]
+            speed = "not timed since" if "budget" in case["case"] else f"{case['rows_per_second']:.0f}"
+            assert f"| {' | '.join(map(str, cells))} | {speed} |" in readme, case["case"]
+    for line in ranks.compare(cases):
+        if ratio := re.search(r"8B, two GPUs, batch (?:32|128): ([\d.]+ times)", line):
+            assert ratio[1] in readme
