@@ -115,11 +115,16 @@ def worker(name, args):
 
 
 def compare(cases):
-    """Lines: throughput of two GPUs over one, at the same commit, and how far apart the losses of the 1B runs are."""
+    """Lines: throughput of two GPUs over one, and how far apart the losses of the 1B runs are, all at one commit."""
     found = {case["case"]: case for case in cases if "failed" not in case}
+
+    def at_one_commit(*names):
+        named = [found[name] for name in names if name in found]
+        return named if len(named) == len(names) and len({case["commit"] for case in named}) == 1 else None
+
     for name, case in found.items():
         one = name.split(", NCCL")[0].split(BUDGET)[0].replace("two GPUs", "one GPU")
-        if one != name and one in found and found[one]["commit"] == case["commit"]:
+        if one != name and at_one_commit(name, one):
             yield f"{name}: {case['rows_per_second'] / found[one]['rows_per_second']:.2f} times the rows/s of {one}"
         if "predicted_gib" in case:
             on_card = case["memory_gib"]["train"]["device"]
@@ -130,12 +135,12 @@ def compare(cases):
         if "kernel_ms" in case:
             times = ", ".join(f"{kind} {ms:.0f}" for kind, ms in case["kernel_ms"].items())
             yield f"{name}: of a step of {case['ms_per_step']:.0f} ms, kernels that may run side by side, ms: {times}"
-    half, whole = (found.get(f"8B, one GPU, batch {rows}") for rows in (16, 32))
-    if half and whole:
+    if pair := at_one_commit("8B, one GPU, batch 16", "8B, one GPU, batch 32"):
+        half, whole = pair
         ratio = whole["ms_per_step"] / half["ms_per_step"]
         yield f"8B, one GPU, batch 32: a step takes {ratio:.2f} times that of batch 16, two GPUs' if nothing went between them"
-    one, noise, two = (found.get(f"1B, {rest}") for rest in ("one GPU", "one GPU, other rounding noise", "two GPUs"))
-    if one and noise and two:
+    if three := at_one_commit("1B, one GPU", "1B, one GPU, other rounding noise", "1B, two GPUs"):
+        one, noise, two = three
         for name, other in (("two GPUs", two), ("other rounding noise", noise)):
             differences = [a - b for a, b in zip(other["losses"], one["losses"], strict=True)]
             last = differences[-50:]
