@@ -47,7 +47,7 @@ GRAPH = 2**19  # bytes that CUDA takes for each decoder layer in a graph: on an 
 GRAPH_OF_RANKS = 3 * 2**20  # the same with the communication of several GPUs: on two H200s 2.2 to 2.9 MiB
 GAPS = 2**26  # bytes that PyTorch's allocator cannot use, beyond those of the measured step: 0.03 to 0.06 GiB
 # NCCL's buffers and thread blocks, fewer than its own: on two H200s 0.3 GiB less on each; steps take 0 to 7 % longer
-NCCL = {"BUFFSIZE": 2**21, "LL_BUFFSIZE": 2**16, "LL128_BUFFSIZE": 2**17, "MAX_CTAS": 16}
+NCCL = {"BUFFSIZE": 2**21, "LL_BUFFSIZE": 2**16, "LL128_BUFFSIZE": 2**17, "MAX_CTAS": 16, "GRAPH_MIXING_SUPPORT": 0}
 PAGES = 512  # bytes of locked host memory for which the GPU keeps one of its own: 8 for each page of 4 KiB
 
 

@@ -30,6 +30,7 @@ AS_IT_IS = {
     "NCCL_LL_BUFFSIZE": "262144",
     "NCCL_LL128_BUFFSIZE": "5242880",
     "NCCL_MAX_CTAS": "32",
+    "NCCL_GRAPH_MIXING_SUPPORT": "1",
 }
 BUDGET = ", --memory_budget 40"
 # name: (GPUs, shape, flags, (steps before timing, timed, profiled), GiB that each card may have or None, environment)
