@@ -85,7 +85,7 @@ def main(argv=None):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            run.after_step(loss, batch)
+            run.after_step(common.sum_over_ranks(loss.detach()), batch)
         run.evaluate(epoch)
     return run.finish()
 

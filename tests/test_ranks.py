@@ -349,6 +349,24 @@ def test_low_memory_is_that_of_one_process_within_rounding_noise(architecture, t
     assert a == pytest.approx(b, rel=2e-2)
 
 
+def test_a_step_of_several_gpus_communicates_in_its_graph_alone(run):
+    """While a graph runs, NCCL_GRAPH_MIXING_SUPPORT=0 allows no other communication: none in `after_step`."""
+    watch = """
+import torch, torch.distributed as dist
+import common
+plain_after, plain_sum = common.Run.after_step, dist.all_reduce
+def after_step(*args):
+    def all_reduce(tensor, *args, async_op=False):
+        assert async_op and tensor.dtype == torch.int64, "not the signal's, which is in host memory"
+        return plain_sum(tensor, *args, async_op=True)
+    dist.all_reduce = all_reduce
+    plain_after(*args)
+    dist.all_reduce = plain_sum
+common.Run.after_step = after_step
+"""
+    run(2, "finetune_lowmem", "r", "--max_steps", 3, first=watch)
+
+
 def test_weights_are_read_as_they_are_stored(run, model_folder, tmp_path):
     """Where config.json speaks of bf16 and the files hold fp32."""
     folder = shutil.copytree(model_folder(), tmp_path / "model")

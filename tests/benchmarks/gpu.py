@@ -167,7 +167,7 @@ class Stopwatch:
 
     def step(self, run, loss, batch):
         self.plain(run, loss, batch)
-        self.losses.append(common.sum_over_ranks(loss.detach().clone()))
+        self.losses.append(loss.detach().clone())
         self.longest = max(self.longest, batch.ids.shape[1])
         step = run.progress["step"]
         if step in (self.first, self.last):
