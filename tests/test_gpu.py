@@ -1,7 +1,9 @@
-"""Whole runs of the low-memory script on a GPU, in processes of their own. python -m pytest tests/test_gpu.py"""
+"""Whole runs of the low-memory script on a GPU, or two, in processes of their own. python -m pytest tests/test_gpu.py"""
 
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,15 +11,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from commands import after_each_step
 from conftest import make_model
 from test_cli import lines
 from test_faults import assert_same_run, has_lines, wait_until
+from test_ranks import ranks_of
 
 import common
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.gpu
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
 @pytest.fixture
@@ -25,10 +30,21 @@ def run(tmp_path, model_folder, dataset_folder):
     """run(name, *flags, compiled=False) -> (summary, terminal), or the last line of a run that ends with exit code `ends`.
 
     15 steps an epoch on tiny models, at a constant rate, so that a run may go on to another length. first: Python code
-    that runs before. meanwhile: function of the process, called once it has started.
+    that runs before. meanwhile: function of the process, called once it has started. gpus: with more, of torchrun,
+    whose exit code is 1 for any error; what it says itself after the run's last line is left out.
     """
 
-    def go(name, *flags, compiled=False, architecture="llama", model=None, ends=0, first="", meanwhile=lambda _: None):
+    def go(
+        name,
+        *flags,
+        compiled=False,
+        architecture="llama",
+        model=None,
+        ends=0,
+        first="",
+        meanwhile=lambda _: None,
+        gpus=1,
+    ):
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, finetune_lowmem\n"
         code += f"finetune_lowmem.GRAPHS_PAY, finetune_lowmem.COMPILING_PAYS = 0, {0 if compiled else 10**9}\n"
         code += f"{first}\ncommon.run_command(finetune_lowmem.main)"
@@ -43,9 +59,9 @@ def run(tmp_path, model_folder, dataset_folder):
             dataset_folder,
         ]
         argv += ["--batch_size", 4, "--lr", "1e-2", "--schedule", "constant", "--log_every", 2, *flags]
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", gpus, "--no-python", sys.executable]
+        command = map(str, [sys.executable, *(start if gpus > 1 else []), "-c", code, *argv])
+        process = subprocess.Popen([*command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
             meanwhile(process)
         finally:
@@ -54,7 +70,8 @@ def run(tmp_path, model_folder, dataset_folder):
             out, err = process.communicate()
         assert process.returncode == ends, err[-3000:]
         if ends:
-            return err.strip().splitlines()[-1]
+            said = err.strip().splitlines()
+            return [line for line in said if gpus == 1 or re.match("(error|interrupted): ", line)][-1]
         return json.loads((tmp_path / name / "summary.json").read_text()), out
 
     return go
@@ -103,13 +120,14 @@ def test_a_run_goes_on_from_its_checkpoint(run):
     assert parts["eval"][-1]["gold_nll"] == pytest.approx(whole["eval"][-1]["gold_nll"], rel=0.05)
 
 
-def stop_after(tmp_path, name, count, number):
-    """A function for `meanwhile`: send the signal once metrics.jsonl has so many lines."""
+def stop_after(tmp_path, name, count, number, pid_of=lambda process: process.pid):
+    """A function for `meanwhile`: send the signal once metrics.jsonl has so many lines, and wait a minute at most."""
 
     def stop(process):
         running = SimpleNamespace(running=lambda: process.poll() is None)
         assert wait_until(has_lines(tmp_path / name, count), running, seconds=300)  # which compiles and captures first
-        process.send_signal(number)
+        os.kill(pid_of(process), number)
+        process.wait(60)
 
     return stop
 
@@ -231,3 +249,46 @@ def peak(summary):
 
 def predicted_peak(said):
     return float(re.search(r"predicted peak ([\d.]+)", said)[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two GPUs
+
+
+@two_gpus
+def test_two_gpus_train_as_one_and_go_on_after_a_killed_rank(run, tmp_path):
+    """With two bit for bit, with one within the noise of rounding."""
+    flags = ["--epochs", 40, "--save_every", 10, "--batch_size", 22]
+    one, _ = run("one", *flags)
+    two, said = run("two", *flags, gpus=2)
+    assert "120 steps as CUDA graphs" in said
+    assert two["eval"][0]["gold_nll"] == pytest.approx(one["eval"][0]["gold_nll"], rel=0.01)
+    assert two["eval"][-1]["gold_nll"] == pytest.approx(one["eval"][-1]["gold_nll"], rel=0.1)
+    assert two["eval"][-1]["gold_nll"] < 0.85 * two["eval"][0]["gold_nll"]
+
+    stop = stop_after(tmp_path, "parts", 12, signal.SIGKILL, lambda process: ranks_of(process)[1])
+    said = run("parts", *flags, gpus=2, ends=1, meanwhile=stop)
+    assert said.startswith(("error: another process of this run has ended", "interrupted: "))
+    shutil.copytree(tmp_path / "parts", tmp_path / "alone")
+    run("parts", *flags, "--resume", gpus=2)
+    assert_same_run(tmp_path / "two", tmp_path / "parts")
+    alone, _ = run("alone", *flags, "--resume")
+    assert alone["steps"] == 120
+    assert alone["eval"][-1]["gold_nll"] == pytest.approx(two["eval"][-1]["gold_nll"], rel=0.1)
+
+
+@two_gpus
+def test_all_parameters_train_on_two_gpus(run):
+    summary, _ = run("r", "--epochs", 2, "--trained", "all", architecture="llama-tied", gpus=2)
+    assert summary["eval"][-1]["gold_nll"] < 0.85 * summary["eval"][0]["gold_nll"]
+
+
+@two_gpus
+def test_two_gpus_keep_a_budget_and_layers_gathered_within_it(run_wide, tmp_path):
+    run_wide("plain", "--epochs", 2, gpus=2)
+    said = run_wide("small", "--memory_budget", 0.2, gpus=2, ends=1)
+    budget = round(float(re.search(r"needs ([\d.]+)", said)[1]) + 0.07, 2)  # a layer takes 0.031
+    summary, said = run_wide("kept", "--epochs", 2, "--memory_budget", budget, gpus=2)
+    assert "2 of 6 decoder layers stay gathered" in said
+    assert peak(summary) <= predicted_peak(said) + 0.005 <= budget + 0.01
+    assert_same_run(tmp_path / "plain", tmp_path / "kept")

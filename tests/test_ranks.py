@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from select import select
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from commands import ROOT, after_each_step
@@ -494,11 +494,8 @@ def ended(process, seconds=60):
 
 def ranks_of(process):
     """{rank: pid} of the processes that this torchrun has started."""
-    found = {}
-    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        found |= {int(v[5:]): int(child) for v in variables if v.startswith(b"RANK=")}
-    return found
+    children = psutil.Process(process.pid).children()
+    return {int(child.environ()["RANK"]): child.pid for child in children if "RANK" in child.environ()}
 
 
 def after_a_signal(process, number, folder):
