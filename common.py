@@ -2650,12 +2650,12 @@ class Run:
             ending.check()
 
     def after_step(self, loss, batch):
-        """Count the step; write the log line and the checkpoint when they are due. loss: all ranks', on the device.
+        """Count the step; write the log line and the checkpoint when they are due.
 
+        loss: fp32 scalar on the device, the sum of all ranks' parts.
         Raises UserError after BAD_STEPS steps in a row that left out updates.
         """
         progress, skipped = self.progress, self.optimizer.skipped
-        loss = loss.detach().float()
         self.losses += torch.where(loss.isfinite(), torch.stack([loss, torch.ones_like(loss)]), 0)
         self.bad_steps.add_(1).mul_(skipped > self.skipped)
         self.skipped.copy_(skipped)

@@ -438,10 +438,10 @@ def test_the_speed_of_one_and_of_two_gpus_is_compared_at_one_commit_only():
     assert list(ranks.compare([one, two | {"commit": "b"}])) == []
 
 
-def test_the_readme_has_the_results_of_two_gpus():
-    """Of the cases that its table names: memory, rows/s and how two GPUs compare."""
+def test_the_readme_has_the_results_of_two_gpus(capsys):
+    """In its table, memory and rows/s of the cases that it names; below it, what `ranks.py --reckon` prints."""
     cases = json.loads((ROOT / "tests/benchmarks/results/ranks-h200.json").read_text())["cases"]
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text().split("\n## Several GPUs\n")[1].split("\n## ")[0]
     for case in cases:
         if not any(other in case["case"] for other in ("1B", "batch 16", "NCCL")):
             train = case["memory_gib"]["train"]
@@ -451,6 +451,20 @@ def test_the_readme_has_the_results_of_two_gpus():
                 *(f"{train[k]:.2f}" for k in ("device", "reserved", "allocated")),
             ]
             assert f"| {' | '.join(map(str, cells))} | {case['rows_per_second']:.3g} |" in readme, case["case"]
-    for line in ranks.compare(cases):
-        if ratio := re.search(r"8B, two GPUs, batch (?:32|128): ([\d.]+ times)", line):
-            assert ratio[1] in readme
+    ranks.print_reckoning(cases)
+    printed = "\n".join([*ranks.compare(cases), capsys.readouterr().out])
+    for pattern, sentence in [
+        ("8B, two GPUs: (.*) times", "two are {} times as fast as one with 8 rows"),
+        ("8B, two GPUs, batch 32: (.*) times", "{} times with 32 ("),
+        ("8B, two GPUs, batch 32, --memory_budget 40: (.*) times", "({} times where all layers stay gathered)"),
+        ("8B, two GPUs, batch 128: (.*) times", "{} times with 128."),
+        ("a step takes (.*) times that of batch 16", "would be {} times as fast"),
+        ("8B on 2 GPUs.* graphs (.*), CUDA and NCCL (.*), a card", "its communication {} (8B; "),
+        ("8B on 2 GPUs.* CUDA and NCCL (.*), a card", "CUDA and NCCL take {} GiB"),
+        ("1B, two GPUs minus one GPU.* 200 steps (.*), of the last", "differ from those of one by {} nats in the mean"),
+        ("1B, other rounding noise .* 200 steps (.*), of the last", "other rounding noise by {}."),
+        ("70B on 8 GPUs.* a card (.*), moved", "70B on 8 GPUs takes {} GiB of each with graphs"),
+        ("70B on 8 GPUs.*\n  without graphs (.*);", "{} with `--no_compile`"),
+        ("70B on 16 GPUs.* a card (.*), moved", "On two machines of 8, {} GiB"),
+    ]:
+        assert sentence.format(re.search(pattern, printed)[1]) in " ".join(readme.split()), pattern

@@ -167,7 +167,7 @@ class Stopwatch:
 
     def step(self, run, loss, batch):
         self.plain(run, loss, batch)
-        self.losses.append(loss.detach().clone())
+        self.losses.append(loss)
         self.longest = max(self.longest, batch.ids.shape[1])
         step = run.progress["step"]
         if step in (self.first, self.last):
