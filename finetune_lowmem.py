@@ -46,7 +46,7 @@ SLOTS = 2  # layers on the device of those that stream
 GRAPH = 2**19  # bytes that CUDA takes for each decoder layer in a graph: on an H100 0.44 MiB, an evaluation's less
 GRAPH_OF_RANKS = 3 * 2**20  # the same with the communication of several GPUs: on two H200s 1.5 to 2.8 MiB
 GAPS = 2**26  # bytes that PyTorch's allocator cannot use, beyond those of the measured step: 0.03 to 0.06 GiB
-# Smaller buffers and fewer thread blocks than NCCL's own: on two H200s 0.46 GiB less on each; 8B with 32 rows as fast.
+# Smaller buffers and fewer thread blocks than NCCL's own: on two H200s 0.45 GiB less on each; 8B with 32 rows as fast.
 # GRAPH_MIXING_SUPPORT 0: a step's communication is all in its graph, and none is launched outside while one runs.
 NCCL = {"BUFFSIZE": 2**21, "LL_BUFFSIZE": 2**16, "LL128_BUFFSIZE": 2**17, "MAX_CTAS": 16, "GRAPH_MIXING_SUPPORT": 0}
 PAGES = 512  # bytes of locked host memory for which the GPU keeps one of its own: 8 for each page of 4 KiB

@@ -439,18 +439,24 @@ def test_the_speed_of_one_and_of_two_gpus_is_compared_at_one_commit_only():
 
 
 def test_the_readme_has_the_results_of_two_gpus(capsys):
-    """In its table, memory and rows/s of the cases that it names; below it, what `ranks.py --reckon` prints."""
+    """In its table and the benchmarks', memory and speed of the cases that they name; below it, what `ranks.py --reckon` prints."""
     cases = json.loads((ROOT / "tests/benchmarks/results/ranks-h200.json").read_text())["cases"]
-    readme = (ROOT / "README.md").read_text().split("\n## Several GPUs\n")[1].split("\n## ")[0]
+    readme, benchmarks = (
+        (ROOT / file).read_text().split("\n## Several GPUs\n")[1].split("\n## ")[0]
+        for file in ("README.md", "tests/benchmarks/README.md")
+    )
     for case in cases:
+        gpus, batch, speed = str(case["gpus"]), str(case["batch_size"]), f"{case['rows_per_second']:.3g}"
+        allocated, reserved, device = (
+            f"{case['memory_gib']['train'][k]:.2f}" for k in ("allocated", "reserved", "device")
+        )
         if not any(other in case["case"] for other in ("1B", "batch 16", "NCCL")):
-            train = case["memory_gib"]["train"]
-            cells = [
-                case["batch_size"],
-                case["gpus"],
-                *(f"{train[k]:.2f}" for k in ("device", "reserved", "allocated")),
-            ]
-            assert f"| {' | '.join(map(str, cells))} | {case['rows_per_second']:.3g} |" in readme, case["case"]
+            cells = [batch, gpus, device, reserved, allocated, speed]
+            assert f"| {' | '.join(cells)} |" in readme, case["case"]
+        if "other rounding noise" not in case["case"]:
+            load, ms = f"{case['memory_gib']['load']['device']:.2f}", f"{case['ms_per_step']:.1f}"
+            cells = [gpus, batch, allocated, reserved, device, load, speed, ms]
+            assert f"| {' | '.join(cells)} |" in benchmarks, case["case"]
     ranks.print_reckoning(cases)
     printed = "\n".join([*ranks.compare(cases), capsys.readouterr().out])
     for pattern, sentence in [
@@ -466,5 +472,10 @@ def test_the_readme_has_the_results_of_two_gpus(capsys):
         ("70B on 8 GPUs.* a card (.*), moved", "70B on 8 GPUs takes {} GiB of each with graphs"),
         ("70B on 8 GPUs.*\n  without graphs (.*);", "{} with `--no_compile`"),
         ("70B on 16 GPUs.* a card (.*), moved", "On two machines of 8, {} GiB"),
+        ("70B on 8 GPUs.* in a step (.*)\\.", "A step moves {} GiB to each card"),
+        ("70B on 8 GPUs.*\n.* at least (.*) at 200 GB/s,", "at least {} at 200 GB/s"),
+        ("70B on 8 GPUs.*\n.* GB/s, (.*) at 20 GB/s,", "and {} at 20 GB/s (PCIe 4.0)"),
+        ("70B on 16 GPUs.* in a step (.*)\\.", "on two machines {} GiB"),
+        ("70B on 16 GPUs.*\n.*, (.*) at 10 GB/s", "{} at 10 GB/s (a machine's network)"),
     ]:
         assert sentence.format(re.search(pattern, printed)[1]) in " ".join(readme.split()), pattern

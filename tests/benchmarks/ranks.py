@@ -1,7 +1,7 @@
 """Memory, speed and loss of finetune_lowmem.py on one and on several GPUs: exact Llama shapes, random weights, real rows.
 
     python tests/benchmarks/ranks.py --tokenizer MODEL_FOLDER --dataset DATASET_FOLDER --out results.json
-    python tests/benchmarks/ranks.py --reckon results.json   # from such results, what 70B needs on 8 and 16 GPUs
+    python tests/benchmarks/ranks.py --reckon results.json   # such results, compared, and what 70B needs by them
 
 As gpu.py, whose parts it uses: each case is the real script, in a process for each GPU. Layers are not compiled, as in a
 run of fewer than 8,000 steps. With the demo's rows no graph is captured in the timed steps: each of their lengths came
@@ -200,6 +200,22 @@ def print_reckoning(cases):
         print(f"  without graphs {parts['a card'] - parts['graphs']:.1f}; a step takes at least {rates} to each card")
 
 
+HEADINGS = (
+    f"{'GiB; first: seconds to the first step':42}{'batch':>5}{'allocated':>10}{'reserved':>9}{'device':>7}{'(load)':>7}"
+    f"{'(eval)':>7}{'rows/s':>7}{'ms/step':>8}{'first':>6}"
+)
+
+
+def line_of(result):
+    memory = result["memory_gib"]
+    return (
+        f"{result['case']:<42}{result['batch_size']:>5}{memory['train']['allocated']:>10.2f}"
+        f"{memory['train']['reserved']:>9.2f}{memory['train']['device']:>7.2f}{memory['load']['device']:>7.2f}"
+        f"{memory['eval']['device']:>7.2f}{result['rows_per_second']:>7.1f}{result['ms_per_step']:>8.1f}"
+        f"{result['seconds_to_first_step']:>6.0f}"
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     reckons = "--reckon" in sys.argv
@@ -207,7 +223,7 @@ def main():
     parser.add_argument("--dataset", required=not reckons)
     parser.add_argument("--out", required=not reckons, help="JSON; cases that it holds are replaced, others kept")
     parser.add_argument(
-        "--reckon", metavar="RESULTS", help="print what 70B needs, and how the cases of RESULTS compare"
+        "--reckon", metavar="RESULTS", help="print the cases of RESULTS, how they compare, what 70B needs"
     )
     parser.add_argument("--commit", default=gpu.commit(), help="recorded in the results; asked of git if left out")
     parser.add_argument("--only", nargs="+", default=[*CASES], choices=[*CASES])
@@ -219,14 +235,12 @@ def main():
         return
     if reckons:
         cases = json.loads(Path(args.reckon).read_text())["cases"]
-        print(*compare(cases), sep="\n")
+        print(HEADINGS, *(line_of(case) for case in cases if "failed" not in case), *compare(cases), sep="\n")
         print_reckoning(cases)
         return
     out = Path(args.out)
     found = json.loads(out.read_text()) if out.exists() else {"cases": []}
-    print(
-        f"{'':40}{'batch':>6}{'allocated':>10}{'reserved':>9}{'device':>8}{'(eval)':>8}{'rows/s':>8}{'ms/step':>8}{'first':>6}"
-    )
+    print(HEADINGS)
     for case in args.only:
         gpus, shape, *_, environment = CASES[case]
         with tempfile.TemporaryDirectory() as folder:
@@ -244,13 +258,7 @@ def main():
         found["cases"] = [c for c in found["cases"] if c["case"] != case] + [result]
         out.write_text(json.dumps(found, indent=1))
         if not done.returncode:
-            train, evaluation = result["memory_gib"]["train"], result["memory_gib"]["eval"]
-            print(
-                f"{case:<40}{result['batch_size']:>6}{train['allocated']:>10.2f}{train['reserved']:>9.2f}"
-                f"{train['device']:>8.2f}{evaluation['device']:>8.2f}{result['rows_per_second']:>8.1f}"
-                f"{result['ms_per_step']:>8.1f}{result['seconds_to_first_step']:>6.0f}",
-                flush=True,
-            )
+            print(line_of(result), flush=True)
     print(*compare(found["cases"]), sep="\n")
     if any("failed" in c for c in found["cases"] if c["case"] in args.only):
         sys.exit(1)
