@@ -81,10 +81,10 @@ class Ending:
     checkpoint included, is never cut in two. A second one, later than `ONCE`, ends the process on the spot.
     """
 
-    # seconds: `timeout` sends its signal to the process and to its group, and torchrun again what Ctrl-C sent to all,
-    # which is not asking twice
+    # seconds: `timeout` sends its signal to the process and to its group, and a scheduler to all processes, of which
+    # torchrun passes its own on: neither is asking twice
     ONCE, ONCE_UNDER_TORCHRUN = 0.5, 5
-    signal, waits = None, False
+    signal, waits, saves = None, False, False
     go_on, save_memory = "start the same command again", "a smaller --batch_size"
 
     @contextmanager
@@ -121,6 +121,14 @@ class Ending:
             yield
         finally:
             self.waits = False
+
+    @contextmanager
+    def saving(self):
+        self.saves = True
+        try:
+            yield
+        finally:
+            self.saves = False
 
     def check(self):
         if self.signal:
@@ -476,8 +484,8 @@ STUCK = 25  # seconds, of the 30 after which torchrun kills a process that it ha
 
 
 def say_when_stuck():
-    """Start a thread that prints a last line where a signal has come and the process has not ended: its main thread
-    waits for its GPU, say, which waits for a process that is gone. (gloo raises an error, NCCL waits.)
+    """Start a thread that prints a last line where a signal has come and the process has not ended: it saves, or its
+    main thread waits for its GPU, say, which waits for a process that is gone. (gloo raises an error, NCCL waits.)
     """
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -487,8 +495,10 @@ def say_when_stuck():
         os.read(reading, 1)
         time.sleep(STUCK)
         if fails_first():
-            line = f"interrupted while it waits for another process, which may have ended; {ending.go_on}"
-            os.write(2, f"\n{line}\n".encode())
+            why = "it waits for another process, which may have ended; "
+            if ending.saves:
+                why = "it is still saving; if torchrun ends that before it is done, "
+            os.write(2, f"\ninterrupted: {why}{ending.go_on}\n".encode())
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -756,10 +766,13 @@ def load_tokenizer(name):
 def load_model(name, dtype):
     """The causal LM `name` (hub id or folder) with weights of `dtype`, in host memory. Raises UserError.
 
-    Of several ranks each has the weights as they are stored: mapped, not read. `shard` reads and converts its part.
+    Of several ranks each has the weights as they are stored: mapped, not read, except that transformers merges the
+    matrices of experts into one. `shard` reads and converts its part.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if ranks() > 1:
+        _check_experts(name, dtype)
     with _explain_loading("model", name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if ranks() > 1:
@@ -772,6 +785,8 @@ def load_model(name, dtype):
             trust_remote_code=False,
             output_loading_info=True,
         )
+        if ranks() > 1:
+            _compute_buffers(model, dtype)
     model.config.dtype = dtype
     if missing := sorted(report["missing_keys"]):
         raise UserError(
@@ -781,6 +796,29 @@ def load_model(name, dtype):
         print(f"the model does not use {len(unused)} tensors of {name}, {unused[0]} first")
     _make_savable(model)
     return model
+
+
+def _check_experts(name, dtype):
+    """Refuse a model whose experts, which each rank merges in host memory of its own, do not fit there."""
+    model, stored = empty_model(name, dtype)
+    merged = sum(p.numel() for p in model.parameters() if p.ndim > 2) * (stored or dtype).itemsize
+    count = int(os.environ["LOCAL_WORLD_SIZE"])
+    need_host_memory(count * merged, f"{name}, whose experts each of {count} processes merges,")
+    wait_for_all()  # before one takes of what another still has to find free
+
+
+def _compute_buffers(model, dtype):
+    """Make the buffers that are computed, not stored, as Gemma's embedding scale, those of a model built as `dtype`."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):  # parameters on the meta device
+        built = AutoModelForCausalLM.from_config(model.config, dtype=dtype, trust_remote_code=False)
+    stored = model.state_dict(keep_vars=True)
+    for name, buffer in built.named_buffers():
+        if name not in stored:
+            owner, _, own_name = name.rpartition(".")
+            setattr(model.get_submodule(owner), own_name, buffer)
 
 
 def _make_savable(model):
@@ -2107,7 +2145,7 @@ def size_in_bytes(tensors):
 
 
 CHECKPOINT_REST = 2**20  # bytes beside tensors and metrics: names, sums, what the file system needs
-FORMAT = 3  # of a checkpoint; one of another format is refused
+FORMAT = 4  # of a checkpoint; one of another format is refused
 SHARD = 2**30  # bytes of a checkpoint file, so that one shard at a time is copied to host memory
 HASHED = 2**25  # bytes in host memory at a time, of files and weights that are hashed
 MAY_DIFFER = {
@@ -2326,23 +2364,25 @@ def wait_for_folder(folder, seconds=60):
 
 
 def _optimizer_state(trained, optimizer):
-    """{name/key: tensor} of the optimizer's state; what has a row for each of a sharded tensor's is sharded as that."""
+    """{name/key: tensor} of the optimizer's state; what has a number for each row of a tensor has the shape of its rows
+    and, if that is sharded, its shards.
+    """
     found = {}
     for name, p in trained.items():
         for key, value in optimizer.state.get(p, {}).items():
-            if is_sharded(p) and key in ("row", "compensation"):
-                value = _sharded_like(p, value)
-            found[f"{name}/{key}"] = value
+            found[f"{name}/{key}"] = _of_rows(p, value) if key in ("row", "compensation") else value
     return found
 
 
-def _sharded_like(p, value):
-    """The DTensor whose part on this rank is `value`, one number for each row of p [..., columns], or of a vector p."""
+def _of_rows(p, value):
+    """`value`, a number for each row of p [..., columns], or of a vector p, that this rank has, as [...], shared."""
+    shape = p.shape[:-1] if p.ndim > 1 else p.shape
+    value = value.view(local(p).shape[: len(shape)])
+    if not is_sharded(p):
+        return value
     from torch.distributed.tensor import DTensor
 
-    shape = p.shape[:-1] if p.ndim > 1 else p.shape
     stride = torch.empty(shape, device="meta").stride()
-    value = value.view(local(p).shape[: len(shape)])
     return DTensor.from_local(value, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
 
 
@@ -2720,7 +2760,7 @@ class Run:
             return
         self.board.flush()  # written by a thread of its own: a kill would leave a gap
         self.progress["losses"] = self.losses.tolist()
-        with self.at_home():
+        with self.at_home(), ending.saving():
             save_checkpoint(
                 self.dir,
                 self.state | {"progress": self.progress},
@@ -2771,7 +2811,8 @@ class Run:
         memory = of_all_ranks((self.memory.peaks, self._ledger()))
         largest = max(range(ranks()), key=lambda k: max(peak["device"] for peak in memory[k][0].values()))
         if not self.args.no_save_model:
-            self._save_model()
+            with ending.saving():
+                self._save_model()
         self.board.close()
         progress, seconds = self.progress, self.progress["train_seconds"]
         summary = {

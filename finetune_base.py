@@ -22,7 +22,9 @@ OPTIMIZERS = {
 
 def precision():
     """Context of each forward pass: bf16 autocast on a GPU, plain fp32 on a CPU."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_available())
+    on_gpu = torch.cuda.is_available()
+    # On several GPUs the cache would hold each layer's bf16 weights until forward ends, beyond the gathered ones
+    return torch.autocast("cuda", torch.bfloat16, on_gpu, cache_enabled=common.ranks() == 1)
 
 
 def training_loss(model, batch):
@@ -63,7 +65,7 @@ def main(argv=None):
     common.checkpoint_activations(model)
 
     optimizer = OPTIMIZERS[args.optimizer](trained.values(), lr=args.lr)
-    gradients = ("gradients", common.size_in_bytes(trained.values()))
+    gradients = ("gradients", common.size_in_bytes(map(common.local, trained.values())))
 
     # Train
     run = common.Run(

@@ -1003,7 +1003,8 @@ def load(args, data, limit, memory, device):
     lengths = [common.padded_lengths(sequences, PAD_TO, limit) for sequences in (data[0], evaluated)]
     tokens = max(1024, 2 * largest.ids.numel(), max(lengths[1]))
     common.checkpoint_activations(model)
-    batches = largest, common.largest_batch(evaluated, tokens // max(lengths[1]), PAD_TO, limit)
+    scored = -(-(tokens * common.ranks() // max(lengths[1])) // common.ranks())  # sequences, by the rank that has most
+    batches = largest, common.largest_batch(evaluated, scored, PAD_TO, limit)
     graphs = sum(map(len, lengths)) if not args.no_compile and graphs_pay(*common.planned_work(args, data, 1024)) else 0
     if common.ranks() > 1:
         trained, placed = place_shares(model, trained, device)

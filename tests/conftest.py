@@ -121,6 +121,8 @@ ARCHITECTURES = {
     "granite": (transformers.GraniteConfig, {"logits_scaling": 6.0, "embedding_multiplier": 3.0}),
     "cohere": (transformers.CohereConfig, {"logit_scale": 0.3, "tie_word_embeddings": True}),
     "phi": (transformers.PhiConfig, {}),  # its head has a bias
+    # of an expert that no token goes to the router's gradient is rounding noise, and so are Adafactor's steps: none such
+    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 4}),
 }
 
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from commands import ROOT, after_each_step
+from conftest import make_model
 from safetensors import safe_open
 from test_adafactor import truth
 from test_cli import lines, weights
@@ -23,6 +24,7 @@ from test_faults import has_lines, timeless, wait_until
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import common
+import finetune_base
 import finetune_lowmem
 
 both_scripts = pytest.mark.parametrize("script", ["finetune_base", "finetune_lowmem"])
@@ -328,11 +330,19 @@ def test_the_baseline_is_that_of_one_process(architecture, optimizer, trained, r
         assert a[name] == b[name]
     assert (a["ranks"], b["ranks"]) == (1, 2)
     assert b["memory_of_rank"] in (0, 1)
+    assert b["ledger_gib"]["gradients"] == pytest.approx(a["ledger_gib"]["gradients"] / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("architecture", "trained"),
-    [("llama", "layers"), ("llama", "all"), ("llama-tied", "layers"), ("llama-tied", "all"), ("gemma2", "layers")],
+    [
+        ("llama", "layers"),
+        ("llama", "all"),
+        ("llama-tied", "layers"),
+        ("llama-tied", "all"),
+        ("gemma2", "layers"),
+        ("mixtral", "layers"),
+    ],
 )
 def test_low_memory_is_that_of_one_process_within_rounding_noise(architecture, trained, run):
     """As far from it as one process is from another that rounds with other noise; the first steps' losses agree."""
@@ -374,6 +384,36 @@ def test_weights_are_read_as_they_are_stored(run, model_folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
     one, two = (run(n, "finetune_base", f"{n}", "--max_steps", 2, "--model", folder) for n in (1, 2))
     assert difference(one, two) < 1e-6
+
+
+def test_what_is_computed_is_not_of_the_precision_in_which_weights_are_stored(run, tokenizer, tmp_path):
+    """Gemma's embedding scale, sqrt(48): 6.928, and 6.938 in bf16."""
+    folder = tmp_path / "model"
+    make_model("gemma2", hidden_size=48).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    one, two = (run(n, "finetune_base", f"{n}", "--max_steps", 2, "--model", folder) for n in (1, 2))
+    assert (scores(one, 0) - scores(two, 0)).abs().max() < 1e-4
+    assert difference(one, two) < 1e-6
+
+
+@pytest.mark.parametrize(("free", "fits"), [(390_000, False), (400_000, True)])
+def test_experts_that_do_not_fit_the_host_are_refused(free, fits, commands, model_folder, dataset_folder, tmp_path):
+    """Each of two processes merges 2 layers of 4 experts of 3 x 32 x 64, fp32: 393,216 bytes in all."""
+    argv = ["--run-name", "r", "--output_dir", tmp_path, "--model", model_folder("mixtral"), "--dataset"]
+    argv += [dataset_folder, "--max_steps", 1, "--no_save_model"]
+    first = f"import common; common.free_host_memory = lambda: {free}"
+    ended = commands.run_ranks(2, "finetune_base", *argv, first=first)
+    assert {code for code, _, _ in ended} == {0 if fits else 2}
+    said = "".join(err for _, _, err in ended)
+    assert ("whose experts each of 2 processes merges, takes 0.0 GiB of host memory" in said) == (not fits)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_autocast_keeps_no_weights_of_several_ranks(ranks, monkeypatch):
+    """Its bf16 copies would outlive the gathered weights that they are of, until forward ends."""
+    monkeypatch.setattr(common, "ranks", lambda: ranks)
+    with finetune_base.precision():
+        assert torch.is_autocast_cache_enabled() == (ranks == 1)
 
 
 @both_scripts
@@ -429,6 +469,16 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(script, before, after
     else:
         assert difference(straight, parts) < (1e-6 if script == "finetune_base" else 2e-2)
         assert [line["step"] for line in timeless(straight)] == [line["step"] for line in timeless(parts)]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_experts_go_on_with_another_number_of_ranks(before, after, run):
+    """Their weights have three dimensions."""
+    flags = ["--schedule", "constant", "--optimizer", "Adafactor"]
+    straight = run(after, "finetune_base", "straight", *flags, "--max_steps", 4, architecture="mixtral")
+    run(before, "finetune_base", "parts", *flags, "--max_steps", 2, architecture="mixtral")
+    parts = run(after, "finetune_base", "parts", *flags, "--max_steps", 4, "--resume", architecture="mixtral")
+    assert difference(straight, parts) < 1e-6
 
 
 def test_what_differs_between_ranks(run, tmp_path):
@@ -524,10 +574,18 @@ def test_a_killed_rank_ends_the_job_and_it_goes_on(torchrun, tmp_path, run):
     assert [line["step"] for line in lines(tmp_path / "r" / "metrics.jsonl") if "lr" in line] == [*range(1, saved + 2)]
 
 
-def test_a_process_that_waits_for_ever_says_so():
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        ("nullcontext", "it waits for another process, which may have ended; "),
+        ("common.ending.saving", "it is still saving; if torchrun ends that before it is done, "),
+    ],
+)
+def test_a_process_that_does_not_end_says_why(state, why):
     """As one whose GPU waits for that of a killed process: it is not in Python, and no handler of a signal runs."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, ctypes; common.STUCK = 0.1\n"
-    code += "with common.ending.listening():\n    common.say_when_stuck()\n"
+    code += "from contextlib import nullcontext\n"
+    code += f"with common.ending.listening(), {state}():\n    common.say_when_stuck()\n"
     code += "    ctypes.CDLL(None).system(b'echo; read end_of_stdin')"  # waits in C from before its line to the end
     pipes = dict.fromkeys(["stdin", "stdout", "stderr"], subprocess.PIPE)
     process = subprocess.Popen([sys.executable, "-c", code], **pipes, text=True)
@@ -537,7 +595,7 @@ def test_a_process_that_waits_for_ever_says_so():
     process.kill()
     _, err = process.communicate()
     assert in_time
-    assert err.startswith("\ninterrupted while it waits for another process, which may have ended; ")
+    assert err.startswith(f"\ninterrupted: {why}start the same command again")
 
 
 def test_a_signal_to_one_rank_while_it_loads_leaves_no_traceback(run, commands, model_folder, dataset_folder, tmp_path):
