@@ -10,10 +10,12 @@ import ctypes
 import errno
 import fcntl
 import gc
+import gzip
 import hashlib
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import mmap
 import os
@@ -37,6 +39,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from types import SimpleNamespace
 
 import psutil
@@ -314,7 +317,8 @@ def argument_parser(script, description, batch_size, lr, demo_lr, log_every):
     add(
         "--dataset",
         default="Rowan/hellaswag",
-        help="hub id; or folder written by save_to_disk; or folder with train.* and validation.* as jsonl or parquet",
+        help="hub id; or folder written by save_to_disk; or folder with train and validation as jsonl, jsonl.gz or "
+        "parquet, whole or in the hub's parts (train-00000-of-00001.parquet)",
     )
     add("--train_rows", type=_count, metavar="N", help="rows: train on the first N of the train split; None: all")
     add(
@@ -368,7 +372,7 @@ def argument_parser(script, description, batch_size, lr, demo_lr, log_every):
     add("--output_dir", default="runs_hell", metavar="DIR", help="folder that holds the runs")
     add("--log_every", type=_count, default=log_every, metavar="N", help="steps between log lines")
     add("--save_every", type=_count, metavar="N", help="steps between checkpoints; None: at the end of each epoch")
-    add("--resume", action="store_true", help="go on from the last checkpoint of --run-name")
+    add("--resume", action="store_true", help="go on from the last checkpoint of --run-name, or start it")
     add("--no_save_model", action="store_true", help="do not save the fine-tuned model at the end")
     return parser
 
@@ -386,8 +390,11 @@ def parse_arguments(parser, argv=None):
     half = f"--batch_size {args.batch_size // 2}" if args.batch_size > 1 else "a smaller --model"
     ending.save_memory = f"{half} (and another --run-name)"
     run_dir = Path(args.output_dir) / args.run_name
+    if args.resume and not os.path.lexists(run_dir):  # so that a scheduler can repeat one command line
+        print(f"--resume: there is no run {run_dir} yet: starting it")
+        args.resume = False
     if args.resume and not os.path.isdir(run_dir):
-        raise UserError(f"--resume: there is no run {run_dir}; leave --resume out to start it")
+        raise UserError(f"--resume: {run_dir} is no folder: take another --run-name")
     if not args.resume and os.path.lexists(run_dir):  # a link to nowhere counts
         raise UserError(f"{run_dir} exists: take another --run-name, or, if it is a run, go on with it with --resume")
     try:
@@ -416,6 +423,7 @@ def set_up(args):
     huggingface_hub.logging.set_verbosity_error()  # our own errors are one line
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     if args.demo:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one for each machine
             prepare_demo()
@@ -702,7 +710,13 @@ def _explain_loading(what, name):
             raise UserError(
                 f"{what} {name} needs code of its own, which is never run here: choose a {what} that transformers knows"
             ) from error
+        if package := _missing_package(chain):
+            raise UserError(
+                f"{what} {name} needs a package that is not installed: pip install {quote(package)}"
+            ) from error
         text = f"{type(error).__name__} {text}"[:300]
+        if any(isinstance(e, ImportError) for e in chain):
+            raise UserError(f"{what} {name} needs a package that cannot be used here ({text})") from error
         if Path(name).exists():
             mend = ", or delete the folder and --demo fetches it again" * (Path(name).parent == cache_folder())
             raise UserError(
@@ -729,6 +743,24 @@ def _explain_loading(what, name):
         raise UserError(f"{what} {name} cannot be loaded ({text})") from error
 
 
+def _missing_package(chain):
+    """What pip has to install, name and version, of the package that an error or what led to it misses; else None."""
+    for error in chain:
+        text = str(error)
+        if "tiktoken" in text and not importlib.util.find_spec("sentencepiece"):
+            return "sentencepiece"  # tried first, and silently, for a tokenizer.model
+        if not isinstance(error, ImportError):
+            continue
+        if "package for FlashAttention2" in text:
+            return "flash-attn"
+        named = (
+            r"pip install (?:-U |--upgrade )?[`'\"]?([\w.<>=!-]*\w)|requires the (\w+) library|No module named '(\w+)"
+        )
+        if found := re.search(named, text):
+            return found[found.lastindex].lower()
+    return None
+
+
 def check_model_folder(name):
     """Refuse a local model folder without config, safetensors weights or tokenizer, before anything large is read."""
     folder = Path(name)
@@ -736,25 +768,68 @@ def check_model_folder(name):
         raise UserError(f"--model {name!r} is no folder: give the folder that holds the model's files")
     if not folder.is_dir():
         return
-    for patterns, what in (
-        (["config.json"], "a config.json"),
-        (["*.safetensors"], "weights (*.safetensors)"),
-        (["tokenizer*", "vocab.*", "spiece.model"], "a tokenizer"),
+    adapters = sorted(file.name for file in folder.glob("adapter_*"))
+    weights = [file for file in folder.glob("*.safetensors") if file.name not in adapters]
+    if adapters and not weights:
+        raise UserError(
+            f"the model folder {folder} holds LoRA weights alone: merge them into the model they belong to (PEFT's "
+            "merge_and_unload), save that with its tokenizer, and give that folder"
+        )
+    for files, what in (
+        ([folder / "config.json"], "a config.json"),
+        (weights, "weights (*.safetensors)"),
+        ([*folder.glob("tokenizer*"), *folder.glob("vocab.*"), folder / "spiece.model"], "a tokenizer"),
     ):
-        if not any(any(folder.glob(pattern)) for pattern in patterns):
+        if not any(file.exists() for file in files):
             raise UserError(
                 f"the model folder {folder} has not {what}: save model and tokenizer there with save_pretrained"
             )
+    if adapters:
+        leave = f"the LoRA weights in {folder} ({', '.join(adapters)})"
+        if importlib.util.find_spec("peft"):  # with it transformers adds them to the model
+            raise UserError(f"{leave} cannot be trained: merge them, or take them out of the folder")
+        print(f"{leave} are not used, only the full weights beside them")
+
+
+def read_config(name):
+    """(configuration of `name`, hub id or folder; how its weights are quantised, or None).
+
+    It has quantised weights loaded as whole ones, also where transformers would leave them as they are, on a GPU.
+    Raises UserError if they cannot be.
+    """
+    from transformers import AutoConfig
+    from transformers.quantizers import AutoQuantizationConfig
+
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    for owner in (config, config.get_text_config()):
+        if settings := getattr(owner, "quantization_config", None):
+            del owner.quantization_config
+            break
+    else:
+        return config, None
+    cannot = "which transformers cannot turn back into whole weights: choose the model that it was made from"
+    try:
+        way_back = AutoQuantizationConfig.from_dict(settings)
+    except ValueError as error:
+        kind = settings.get("quant_method")
+        raise UserError(f"{name} is stored quantised as {kind}, {cannot}") from error
+    kind = str(getattr(way_back.quant_method, "value", way_back.quant_method))
+    if hasattr(way_back, "dequantize"):
+        settings = settings | {"dequantize": True}
+    elif kind != "bitsandbytes":  # whose modules `PreTrainedModel.dequantize` replaces
+        raise UserError(f"{name} is stored quantised as {kind}, {cannot}")
+    config.quantization_config = settings
+    return config, kind
 
 
 def load_tokenizer(name):
     """(tokenizer, most tokens the model takes) of `name`, hub id or folder. Raises UserError."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     check_model_folder(name)
     with _explain_loading("model", name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        config, _ = read_config(name)
+        tokenizer = as_its_file(AutoTokenizer.from_pretrained(name, trust_remote_code=False), name)
         limit = length_limit(config, tokenizer)
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -763,29 +838,67 @@ def load_tokenizer(name):
     return tokenizer, limit
 
 
+PROBE = "A man's 2 cats (x**2) sat.\nNaïve café, 東京 1234567\n"  # tokenizers that are not alike read it otherwise
+
+
+def as_its_file(tokenizer, name):
+    """The tokenizer, or if it reads a text otherwise than the tokenizer.json it comes from, that file's own.
+
+    transformers 5 builds a tokenizer anew from the file's vocabulary, after the pattern of its class. The class that is
+    named can be the wrong one: LlamaTokenizerFast for DeepSeek's distilled Llamas, whose texts then lose all spaces.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    file = source_file(name, "tokenizer.json")
+    if file and tokenizer.is_fast:
+        plain = Tokenizer.from_file(str(file))
+        plain.no_truncation()
+        plain.no_padding()
+        ids = plain.encode(PROBE, add_special_tokens=False).ids
+        if tokenizer(PROBE, add_special_tokens=False)["input_ids"] != ids:
+            print(f"the tokenizer of {name} is read as its tokenizer.json says, not as {type(tokenizer).__name__}")
+            return PreTrainedTokenizerFast.from_pretrained(name)
+    return tokenizer
+
+
+def source_file(name, file):
+    """Path of a file of the model `name`, hub id or folder; None if there is no such file, or no hub to ask."""
+    from transformers.utils import cached_file
+
+    flags = dict.fromkeys(("missing_entries", "gated_repo", "connection_errors"), False)
+    return cached_file(name, file, **{f"_raise_exceptions_for_{what}": flag for what, flag in flags.items()})
+
+
 def load_model(name, dtype):
     """The causal LM `name` (hub id or folder) with weights of `dtype`, in host memory. Raises UserError.
 
     Of several ranks each has the weights as they are stored: mapped, not read, except that transformers merges the
-    matrices of experts into one. `shard` reads and converts its part.
+    matrices of experts into one, and quantised ones are made whole. `shard` reads and converts its part.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if ranks() > 1:
-        _check_experts(name, dtype)
+        _check_conversions(name, dtype)
     with _explain_loading("model", name):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if ranks() > 1:
+        config, quantized = read_config(name)
+        as_stored = ranks() > 1 and not quantized
+        if as_stored:
             config.dtype = None  # what it says need not be what the files hold, and "auto" means it if it is there
         model, report = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
-            dtype=dtype if ranks() == 1 else "auto",
+            dtype="auto" if as_stored else dtype,
+            device_map={"": "cpu"} if quantized else None,  # bitsandbytes would take the GPU
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-        if ranks() > 1:
+        if quantized:
+            _check_scales(name)
+            model = _whole(model, dtype)
+            print(f"the weights of {name} are stored as {quantized}; trained and saved are whole ones, {dtype}")
+        elif as_stored:
             _compute_buffers(model, dtype)
     model.config.dtype = dtype
     if missing := sorted(report["missing_keys"]):
@@ -793,54 +906,139 @@ def load_model(name, dtype):
             f"the weights of {name} lack {len(missing)} tensors of the model, {missing[0]} first: they would be random"
         )
     if unused := sorted(report["unexpected_keys"]):
+        used = {parameter.rpartition(".")[0] for parameter, _ in model.named_parameters()}
+        if beside := [tensor for tensor in unused if tensor.rpartition(".")[0] in used]:
+            raise UserError(
+                f"{name} holds {beside[0]}, which {type(model).__name__} does not know, beside weights that it uses: "
+                "a scale or a bias, without which they mean something else; choose a model that transformers knows"
+            )
         print(f"the model does not use {len(unused)} tensors of {name}, {unused[0]} first")
     _make_savable(model)
     return model
 
 
-def _check_experts(name, dtype):
-    """Refuse a model whose experts, which each rank merges in host memory of its own, do not fit there."""
+def _check_conversions(name, dtype):
+    """Refuse a model of which what each rank makes in host memory of its own does not fit there: merged experts, or
+    all weights where they are quantised.
+    """
     model, stored = empty_model(name, dtype)
-    merged = sum(p.numel() for p in model.parameters() if p.ndim > 2) * (stored or dtype).itemsize
+    quantized = isinstance(stored, str)
+    made = sum(p.numel() for p in model.parameters() if p.ndim > 2 or quantized)
+    size = made * (dtype if quantized else stored or dtype).itemsize
     count = int(os.environ["LOCAL_WORLD_SIZE"])
-    need_host_memory(count * merged, f"{name}, whose experts each of {count} processes merges,")
+    what = "weights each of {} processes makes whole," if quantized else "experts each of {} processes merges,"
+    need_host_memory(count * size, f"{name}, whose {what.format(count)}")
     wait_for_all()  # before one takes of what another still has to find free
+
+
+def _check_scales(name):
+    """Refuse quantised weights without a scale: transformers takes what is stored of FP8 for the weight itself.
+
+    Run where loading is explained.
+    """
+    from safetensors import safe_open
+
+    index = source_file(name, "model.safetensors.index.json")
+    files = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else ["model.safetensors"]
+    types = {}
+    for file in files:
+        with safe_open(source_file(name, file), "pt") as tensors:
+            types |= {tensor: tensors.get_slice(tensor).get_dtype() for tensor in tensors.keys()}  # noqa: SIM118
+    scaled = {tensor.rpartition(".")[0] for tensor in types if "scale" in tensor.rpartition(".")[2]}
+    for tensor, kind in types.items():
+        if kind.startswith("F8") and "scale" not in tensor and tensor.rpartition(".")[0] not in scaled:
+            raise UserError(f"{name} is damaged: {tensor} is stored in FP8 without a scale; get it again")
+
+
+def _whole(model, dtype):
+    """The weights of a model that was quantised, as `dtype` in one that never was. Raises UserError.
+
+    The one that was keeps of it what would be saved with it: conversions, scales, modules. Run where loading is
+    explained.
+    """
+    if model.is_quantized:
+        model = model.dequantize(dtype)
+    whole, weights = _without_weights(model.config, dtype), model.state_dict()
+    for name, tensor in whole.state_dict().items():
+        found = weights.get(name)
+        if found is None or found.shape != tensor.shape or not found.is_floating_point() or found.itemsize < 2:
+            kind = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
+            raise UserError(f"{type(model).__name__} cannot be trained: dequantised, its {name} is {kind}")
+    whole.load_state_dict({name: weights[name].to(t.dtype) for name, t in whole.state_dict().items()}, assign=True)
+    whole.tie_weights()
+    whole.generation_config = model.generation_config
+    return whole.eval()
+
+
+def _without_weights(config, dtype):
+    """The model of a configuration as `dtype`, its parameters on the meta device, its buffers computed."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def _compute_buffers(model, dtype):
     """Make the buffers that are computed, not stored, as Gemma's embedding scale, those of a model built as `dtype`."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):  # parameters on the meta device
-        built = AutoModelForCausalLM.from_config(model.config, dtype=dtype, trust_remote_code=False)
     stored = model.state_dict(keep_vars=True)
-    for name, buffer in built.named_buffers():
+    for name, buffer in _without_weights(model.config, dtype).named_buffers():
         if name not in stored:
             owner, _, own_name = name.rpartition(".")
             setattr(model.get_submodule(owner), own_name, buffer)
 
 
 def _make_savable(model):
-    """Mend a generation_config.json that transformers reads but refuses to save, as a temperature without sampling."""
-    if model.generation_config is not None:
-        try:
-            model.generation_config.validate(strict=True)
-        except ValueError:
-            model.generation_config = type(model.generation_config).from_model_config(model.config)
-            print("the model's generation_config.json contradicts itself: its defaults are saved instead")
+    """Mend a generation_config.json that transformers reads but refuses to save: say what was set and what left out.
+
+    What takes sampling (a temperature) is meant to be sampled with, unless do_sample says no.
+    """
+    config = model.generation_config
+    if config is None:
+        return
+    settings = {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"}
+    if _can_be_saved(settings):
+        return
+    sampled = {"do_sample": True}
+    if "do_sample" not in settings and any(
+        _can_be_saved({name: value} | sampled) > _can_be_saved({name: value}) for name, value in settings.items()
+    ):
+        settings = sampled | settings
+    kept = {}
+    for name in sorted(settings, key=lambda name: name not in ("do_sample", "num_beams")):  # what others need first
+        if _can_be_saved(kept | {name: settings[name]}):
+            kept[name] = settings[name]
+    model.generation_config = type(config)(**kept)
+    left_out = ", ".join(sorted(settings.keys() - kept.keys()))
+    print(
+        "the model's generation_config.json contradicts itself, and is saved"
+        + " with do_sample true" * (kept.get("do_sample") is not config.do_sample)
+        + f" without {left_out}" * bool(left_out)
+    )
+
+
+def _can_be_saved(settings):
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig(**settings).validate(strict=True)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def empty_model(name, dtype):
-    """The causal LM `name` of `dtype` on the meta device, and the dtype of its files or None, from its config alone.
+    """(causal LM `name` of `dtype` on the meta device, how its files hold it), from its configuration alone.
 
-    Raises UserError.
+    How they hold it: a dtype, or the name of a quantisation, or None if it is not said. Raises UserError.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with _explain_loading("model", name), torch.device("meta"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        stored = config.dtype  # which the next line changes
+        config, quantized = read_config(name)
+        stored = quantized or config.dtype  # which from_config changes
+        if quantized:
+            del config.quantization_config
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False), stored
 
 
@@ -902,18 +1100,33 @@ def draws_random_numbers(model, batch, precision):
 
 
 def decoder_layers(model):
-    """The ModuleList of `model`'s decoder layers. Raises UserError if the architecture has none that can be found."""
+    """The ModuleList of `model`'s decoder layers. Raises UserError if the architecture has none that can be found.
+
+    Of a model of pictures and text those of the text: `get_decoder` leads past the other towers.
+    """
     depth = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
+    for module in [*model.get_decoder().modules(), *model.base_model.modules()]:
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
             return module
     raise UserError(f"{type(model).__name__} is not supported: its decoder layers cannot be found")
 
 
 def choose_trained(model, trained):
-    """Set requires_grad by --trained ("layers" or "all"); return {name: parameter}, a tied weight once."""
-    model.requires_grad_(trained == "all")
-    decoder_layers(model).requires_grad_(True)
+    """Set requires_grad by --trained ("layers" or "all"); return {name: parameter}, a tied weight once.
+
+    All are those that text reaches: not a tower for pictures. Raises UserError.
+    """
+    model.requires_grad_(False)
+    parts = [decoder_layers(model)]
+    if trained == "all":
+        parts += [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    for part in filter(None, parts):
+        part.requires_grad_(True)
+    if any(getattr(module, "layerdrop", 0) for module in model.get_decoder().modules()):
+        raise UserError(
+            f"{type(model).__name__} is not supported while it skips layers at random: set layerdrop to 0 in its "
+            "config.json"
+        )
     chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not chosen:
         raise UserError(f"{type(model).__name__} has no decoder layers, so there is nothing to train")
@@ -1008,7 +1221,8 @@ def refuse_what_fails(model):
 
 
 def check_causal(model, data, batch, precision):
-    """Refuse a model that does not take the data's ids, or in which a position sees later ones and so its answer.
+    """Refuse a model that does not take the data's ids, whose decoder layers do not all run on them, or in which a
+    position sees later ones and so its answer.
 
     Training and evaluation pad on the right without a mask, which causality alone makes right. Raises UserError.
     """
@@ -1020,6 +1234,8 @@ def check_causal(model, data, batch, precision):
     was_training, half = model.training, batch.ids.shape[1] // 2
     changed = batch.ids.clone()
     changed[:, half:] = (changed[:, half:] + 1) % size
+    idle = set(decoder_layers(model))
+    handles = [layer.register_forward_pre_hook(lambda layer, *_: idle.discard(layer)) for layer in idle]
     model.eval()
     with refuse_what_fails(model), torch.no_grad(), precision():
         before, after = (
@@ -1028,6 +1244,10 @@ def check_causal(model, data, batch, precision):
         )
         model.train().base_model(input_ids=batch.ids, use_cache=False)  # dropout may fail
     model.train(was_training)
+    for handle in handles:
+        handle.remove()
+    if idle:
+        raise UserError(f"{name} is not supported: {len(idle)} of its decoder layers do not run on text")
     # equal shapes run the same kernels; 1 % leaves room for those whose sums run in another order
     if (before - after).norm() > 0.01 * before.norm():
         raise UserError(f"{name} is not supported: it is not causal, a token changes what comes before it")
@@ -1106,12 +1326,14 @@ def encode_pairs(tokenizer, pairs):
 
     Context + continuation is encoded as one string, and the continuation is what follows the first len(encode(context))
     ids, also where a token crosses the boundary. Trailing white space of the context moves to the continuation
-    (lm_eval.api.model.TemplateLM._encode_pair).
+    (lm_eval.api.model.TemplateLM._encode_pair). What the tokenizer adds behind a text, as EOS, is taken off, unlike
+    there: the text goes on.
     An empty context becomes the BOS token, or EOS where there is none.
     """
     contexts = [context.rstrip() for context, _ in pairs]
     wholes = [context + continuation for context, continuation in pairs]
-    encoded = tokenizer(contexts + wholes, verbose=False)["input_ids"]
+    added = added_behind(tokenizer)
+    encoded = [ids[: len(ids) - added] for ids in tokenizer(contexts + wholes, verbose=False)["input_ids"]]
     result = []
     for context, whole, context_ids, ids in zip(contexts, wholes, encoded, encoded[len(pairs) :], strict=False):
         if not context:
@@ -1120,6 +1342,12 @@ def encode_pairs(tokenizer, pairs):
             context_ids, ids = [prefix], ids if ids[:1] == [prefix] else [prefix, *ids]
         result.append((context_ids, ids[len(context_ids) :]))
     return result
+
+
+def added_behind(tokenizer):
+    """Number of tokens that the tokenizer adds behind a text, as one with `add_eos_token` adds EOS."""
+    alone, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return whole[::-1].index(alone[-1]) if alone and alone[-1] in whole else 0
 
 
 def length_limit(config, tokenizer):
@@ -1149,12 +1377,10 @@ def load_rows(args, split):
                 raise UserError(f"dataset {folder} has no split {split}, only {', '.join(splits)}")
             rows = splits[split].take(limit).to_list()
         elif folder.is_dir():
-            files = [f for f in sorted(folder.glob(f"{split}.*")) if f.suffix in (".jsonl", ".parquet")]
-            if len(files) != 1:
-                raise UserError(
-                    f"dataset {folder} needs one file {split}.jsonl or {split}.parquet, and has {len(files)}"
-                )
-            rows = read_rows(files[0], limit)
+            rows = []
+            for file in split_files(folder, split):
+                if len(rows) < limit:
+                    rows += read_rows(file, limit - len(rows))
         else:
             rows = datasets.load_dataset(args.dataset, split=split).take(limit).to_list()
     if not rows:
@@ -1165,8 +1391,27 @@ def load_rows(args, split):
     return [check_row(row, number, f"dataset {args.dataset}, split {split}") for number, row in enumerate(rows)]
 
 
+def split_files(folder, split):
+    """The files of a split: <split>.jsonl, .jsonl.gz or .parquet, or as the hub has them, in parts and in data/, as
+    train-00000-of-00002.parquet. Raises UserError.
+    """
+    pattern = re.compile(rf"({split}(?:-\d{{5}}-of-(\d{{5}}))?)\.(?:jsonl|jsonl\.gz|parquet)")
+    found = {file: match for file in sorted(folder.iterdir()) if (match := pattern.fullmatch(file.name))}
+    if not found and (folder / "data").is_dir():
+        return split_files(folder / "data", split)
+    for count in {match[2] for match in found.values()}:
+        parts = [split] if count is None else [f"{split}-{k:05}-of-{count}" for k in range(int(count))]
+        if [match[1] for match in found.values()] == parts:
+            return list(found)
+    names = ", ".join(file.name for file in found) or "none"
+    raise UserError(
+        f"dataset {folder} needs one file {split}.jsonl, .jsonl.gz or .parquet, or all parts {split}-00000-of-0000N "
+        f"of one, and has {names[:200]}"
+    )
+
+
 def read_rows(file, limit):
-    """The first `limit` rows of a jsonl or parquet file as dicts. Raises UserError or what pyarrow raises.
+    """The first `limit` rows of a jsonl, jsonl.gz or parquet file as dicts. Raises UserError or what pyarrow raises.
 
     Python reads JSON itself: datasets' reader ends the process on some damaged lines, and names none.
     """
@@ -1175,7 +1420,7 @@ def read_rows(file, limit):
 
         return pyarrow.parquet.read_table(file).slice(0, limit).to_pylist()
     rows = []
-    with open(file, encoding="utf-8-sig") as lines:
+    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -1252,16 +1497,30 @@ def load_data(args, tokenizer, limit):
 def training_sequences(rows, tokenizer, text, limit):
     """[Sequence] to train on: the right ending's ids and EOS after it are the targets; cut on the left at `limit`.
 
-    text: "harness" or "raw", see --train_text.
+    text: "harness" or "raw", see --train_text. Rows whose ending is empty or has no token of its own, since one that
+    begins in the context holds all of it, are left out and named. Raises UserError if none remains.
     """
     pairs = []
     for row in rows:
         query, endings = harness_text(row) if text == "harness" else (row["ctx"], row["endings"])
         pairs.append((query, " " + endings[row["label"]]))
-    sequences = []
-    for context, continuation in _encode_with_bar(tokenizer, pairs, "tokenizing train"):
-        sequences.append(Sequence(context + continuation + [tokenizer.eos_token_id], len(continuation) + 1))
+    sequences, vanished = [], []
+    for number, (context, continuation) in enumerate(_encode_with_bar(tokenizer, pairs, "tokenizing train")):
+        if continuation and pairs[number][1].strip():
+            sequences.append(Sequence(context + continuation + [tokenizer.eos_token_id], len(continuation) + 1))
+        else:
+            vanished.append(f"row {number} {pairs[number][1]!r}")
+    if vanished:
+        what = f"{len(vanished)} of {len(pairs)} rows to train on have a right ending without a token of its own"
+        what += f" ({_first_of(vanished)})"
+        if not sequences:
+            raise UserError(f"{what}: choose a model with another tokenizer, or other rows")
+        print(f"{what}: left out")
     return _cut(sequences, limit, "train")
+
+
+def _first_of(names, most=3):
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
 
 
 def _cut(sequences, limit, split):
@@ -1276,17 +1535,26 @@ def _cut(sequences, limit, split):
 
 
 def evaluation_rows(rows, tokenizer, limit):
-    """[EvalRow] of validation rows; the context is cut on the left at `limit`. Raises UserError."""
+    """[EvalRow] of validation rows; the context is cut on the left at `limit`. Raises UserError.
+
+    A row of which an ending cannot be scored is refused, as by lm-evaluation-harness: without it the accuracy would be
+    that of other rows.
+    """
     texts = [harness_text(row) for row in rows]
     pairs = _encode_with_bar(
         tokenizer, [(query, " " + ending) for query, endings in texts for ending in endings], "tokenizing validation"
     )
-    for number, (row, (_, endings)) in enumerate(zip(rows, texts, strict=True)):
-        if not all(endings) or not all(c and 0 < len(ids) <= limit for c, ids in pairs[4 * number : 4 * number + 4]):
-            raise UserError(
-                f"validation row {number} (ind {row['ind']}) cannot be scored: "
-                f"each ending needs between 1 and {limit} tokens"
-            )
+    unscorable = []
+    for at, (context, ids) in enumerate(pairs):
+        row, ending = at // 4, texts[at // 4][1][at % 4]
+        if not (ending and context and 0 < len(ids) <= limit):
+            tokens = f"{len(ids)} tokens" if ids else "no token of its own"
+            unscorable.append(f"row {row} (ind {rows[row]['ind']}), ending {at % 4}, {ending[:40]!r}: {tokens}")
+    if unscorable:
+        raise UserError(
+            f"{len(unscorable)} validation endings cannot be scored: each ending needs between 1 and {limit} tokens, "
+            f"and these have others: {_first_of(unscorable)}; take their rows out"
+        )
     sequences = _cut([Sequence(context + ids, len(ids)) for context, ids in pairs], limit, "evaluate")
     return [
         EvalRow(row["ind"], row["label"], sequences[4 * at : 4 * at + 4], [len(ending) for ending in endings])
@@ -2512,6 +2780,187 @@ def _first_failure():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The saved model: a folder that transformers 4.57 and 5 read alike, read back before it counts
+
+
+CODE = {"auto_map", "custom_pipelines"}  # settings that name Python files, which are neither run nor saved
+QUANTIZATION = {"quantization_config", "compression_config"}  # of weights that are whole now
+OF_THE_SAVED = {"architectures", "dtype", "torch_dtype", "transformers_version"}  # whatever the source says
+OTHER_FILES = (  # of the source: a vocabulary that converters read, and what prepares pictures
+    "tokenizer.model",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
+@dataclass
+class Source:
+    """What a saved model takes from the one it was trained from: settings as they are written, other files' bytes."""
+
+    config: dict
+    tokenizer: dict
+    files: dict
+
+    @classmethod
+    def of(cls, name):
+        """That of the model `name`, hub id or folder."""
+        from transformers import PreTrainedConfig
+
+        file = source_file(name, "tokenizer_config.json")
+        tokenizer = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+        files = {other: file for other in OTHER_FILES if (file := source_file(name, other))}
+        files = {other: Path(file).read_bytes() for other, file in files.items()}
+        return cls(PreTrainedConfig.get_config_dict(name)[0], tokenizer, files)
+
+
+def save_model(folder, model, tokenizer, source, weights=None):
+    """Write model and tokenizer so that transformers 4.57 and 5 read the same: see `config_of_both`.
+
+    source: the `Source` of both. weights: {name: whole tensor}; None: the model's own.
+    """
+    model.save_pretrained(folder, max_shard_size=SHARD, state_dict=weights and dict(weights))  # which it empties
+    tokenizer.save_pretrained(folder)
+    for name, content in source.files.items():
+        (folder / name).write_bytes(content)
+    written = _read_json(folder / "tokenizer_config.json")
+    _write_json(folder / "tokenizer_config.json", tokenizer_config_of_both(tokenizer, written, source.tokenizer))
+    written = _read_json(folder / "config.json")
+    _write_json(folder / "config.json", config_of_both(model.config, written, source.config))
+    if _other_setting(folder, model.config):
+        _write_json(folder / "config.json", {name: written[name] for name in written.keys() - CODE})
+        print("the saved model's config.json is for transformers 5 alone: with 4's names 5 would read another model")
+    if left_out := sorted(CODE & (source.config.keys() | source.tokenizer.keys())):
+        print(f"the saved model leaves out {', '.join(left_out)}: no code is saved with it")
+
+
+def config_of_both(config, written, source):
+    """config.json's content for transformers 4.57 and 5: `written`, 5's own, with all that `source` has.
+
+    config: the configuration, which was read from `source`. 5 writes RoPE as rope_parameters, which 4 does not read,
+    and other settings, as Qwen3-MoE's num_experts, by other names. What `source` says by the old names holds in both;
+    where 5 wrote it, they are made.
+    """
+    old = {}
+    if "rope_parameters" in source:  # 5 wrote it
+        old = {name: source[new] for name, new in config.attribute_map.items() if new in source}
+        old |= rope_of_4(source["rope_parameters"] or {})
+        if config.model_type.startswith("gpt_neox"):
+            old = {GPT_NEOX_ROPE.get(name, name): value for name, value in old.items()}
+    dropped = OF_THE_SAVED | QUANTIZATION | CODE
+    content = written | {k: v for k, v in source.items() if k not in dropped and not k.startswith("_")} | old
+    for name, part in written.items():
+        if name.endswith("_config") and isinstance(part, dict) and isinstance(source.get(name), dict):
+            content[name] = config_of_both(getattr(config, name), part, source[name])
+    if "dtype" in written:
+        content["torch_dtype"] = written["dtype"]
+    return {name: value for name, value in content.items() if name not in QUANTIZATION | CODE}
+
+
+GPT_NEOX_ROPE = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+
+
+def rope_of_4(rope):
+    """{rope_theta, rope_scaling, ...}, as transformers 4 reads them, of the rope_parameters of 5."""
+    local = rope.get("sliding_attention")  # Gemma 3 has other frequencies in layers with a window
+    rope = rope.get("full_attention") or rope
+    if "rope_theta" not in rope:
+        return {}
+    found = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    scaling = {name: value for name, value in rope.items() if name not in found}
+    found["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    return found | ({"rope_local_base_freq": local["rope_theta"]} if local else {})
+
+
+def tokenizer_config_of_both(tokenizer, written, source):
+    """tokenizer_config.json's content for transformers 4.57 and 5: `written`, 5's own, with all that `source` has.
+
+    4 knows neither 5's class for a tokenizer of no special kind nor its list of extra special tokens.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    of_5 = {"backend", "is_local", "local_files_only"}
+    content = {name: value for name, value in (written | source).items() if name not in of_5 | CODE}
+    if isinstance(content.get("extra_special_tokens"), list):
+        extra = content.pop("extra_special_tokens")
+        content.setdefault("additional_special_tokens", extra)
+    if type(tokenizer) is PreTrainedTokenizerFast:  # it reads tokenizer.json as it is, in both
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return content
+
+
+def read_back(folder, model, tokenizer, weights=None):
+    """(tensors, bytes) of the model saved in `folder`, after all was loaded again and found to be as in `model`.
+
+    Each tensor's name, shape, type and bytes are compared, one at a time in host memory: transformers leaves them on
+    the disk, in the folder's files, or, where it merges some (experts), in files of its own for this while. So are
+    configuration and tokenizer. weights: see `save_model`. Raises UserError at the first difference.
+    """
+    try:
+        return _compare(folder, model, tokenizer, weights)
+    except Exception as error:
+        if isinstance(error, UserError) or any(map(_what_ran_out, _chain(error))):
+            raise
+        text = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise UserError(f"the saved model cannot be read back ({text}): {ending.go_on}") from error
+
+
+def _compare(folder, model, tokenizer, weights):
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.integrations.accelerate import load_offloaded_parameter
+
+    def check(same, what):
+        if not same:
+            raise UserError(f"the saved model is not what was trained, {what} differs: {ending.go_on}")
+
+    own = weights or model.state_dict()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="merged-") as merged:
+        found, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", device_map={"": "disk"}, offload_folder=merged, output_loading_info=True
+        )
+        there = found.state_dict()
+        check(not any(report.values()) and there.keys() == own.keys(), "the names of its tensors")
+        for name, tensor in own.items():
+            again = load_offloaded_parameter(found, name) if there[name].is_meta else there[name]
+            check(again.shape == tensor.shape, f"the shape of {name}")
+            check(again.dtype == tensor.dtype, f"the type of {name}")
+            check(torch.equal(_bytes(again), _bytes(tensor.cpu())), name)
+    types, size = {tensor.dtype for tensor in own.values()}, 0
+    for file in folder.glob("*.safetensors"):  # what was loaded was converted to the type that the configuration names
+        size += file.stat().st_size
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                check(tensors.get_tensor(name).dtype in types, f"the type of {name}")
+    other = _other_setting(folder, model.config)
+    check(not other, f"{other} of its configuration")
+    again = AutoTokenizer.from_pretrained(folder)
+    check(again(PROBE)["input_ids"] == tokenizer(PROBE)["input_ids"], "its tokenizer")
+    return len(own), size
+
+
+def _other_setting(folder, config):
+    """Name of a setting of `config` that the folder's config.json does not give, None if it gives all."""
+    from transformers import AutoConfig
+
+    again, apart = AutoConfig.from_pretrained(folder).to_dict(), CODE | {"_name_or_path", "transformers_version"}
+    return next((k for k, value in config.to_dict().items() if k not in apart and again.get(k) != value), None)
+
+
+def _read_json(file):
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _write_json(file, content):
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _bytes(tensor):
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The run: order of work, records, terminal
 
 
@@ -2578,6 +3027,7 @@ class Run:
             if ranks() > 1 and not args.no_save_model:
                 size = size_in_bytes(model.parameters())
                 need_host_memory(size, "the fine-tuned model, gathered to be saved (--no_save_model leaves it out),")
+            self.source = None if args.no_save_model else Source.of(args.model)
             self._need_space(copies=1 if args.resume and last_checkpoint(self.dir) else 2)
             try:
                 self.dir.mkdir(parents=True, exist_ok=args.resume)
@@ -2606,7 +3056,7 @@ class Run:
         self.losses = torch.tensor(self.progress["losses"], device=self.device)  # since the last log line: sum, number
         self.skipped, self.bad_steps = optimizer.skipped.clone(), torch.zeros_like(optimizer.skipped)
         self.bad_steps_seen = torch.zeros((), dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        self.seconds_to_first_step, self.signalled = None, Agreement()
+        self.seconds_to_first_step, self.signalled, self.read_back = None, Agreement(), None
 
     def _need_space(self, copies):
         """Raise UserError if the disk has no room for so many checkpoints and the model."""
@@ -2616,7 +3066,7 @@ class Run:
             if isinstance(self.optimizer, torch.optim.Adam) and not state:  # made in the first step
                 state = 2 * weights
             checkpoints = copies * (weights + state + CHECKPOINT_REST)
-        model = 0 if self.args.no_save_model else size_in_bytes(self.model.parameters())
+        model = 0 if self.args.no_save_model else self._model_bytes()
         if (self.dir / "checkpoint").is_symlink():  # to a larger disk
             need_space(self.dir / "checkpoint", checkpoints, "what this run saves")
             checkpoints = 0
@@ -2831,6 +3281,7 @@ class Run:
             "tokens_per_second": progress["tokens"] / seconds if seconds else None,
             "memory_gib": memory[largest][0],
             "skipped_updates": self.optimizer.skipped.item(),
+            "model_read_back": self.read_back,
             "ledger_gib": memory[largest][1],
             "ranks": ranks(),
             "memory_of_rank": largest,
@@ -2842,29 +3293,33 @@ class Run:
         return summary
 
     def _save_model(self):
-        """Save model and tokenizer. Of a sharded model the tensors are gathered one by one, in rank 0's host memory."""
-        state = {}
+        """Save the model. Of a sharded one the tensors are gathered one by one, in rank 0's host memory."""
+        weights = None
         if ranks() > 1:
             own = self.model.state_dict(keep_vars=True)
             whole = {tensor: gathered(tensor) for tensor in own.values()}  # a tied one once
-            state["state_dict"] = {name: whole[tensor] for name, tensor in own.items()}
+            weights = {name: whole[tensor] for name, tensor in own.items()}
         if rank() == 0:
-            self._write_model(state)
+            self._write_model(weights)
         wait_for_all()
 
-    def _write_model(self, state):
-        """Save model and tokenizer as model/, which has that name once it is complete."""
+    def _write_model(self, weights):
+        """Save the model as model/, which has that name once it is complete and found to be what was trained."""
         final, partial = self.dir / "model", self.dir / "model.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        need_space(self.dir, size_in_bytes(self.model.parameters()), "the model")
+        need_space(self.dir, self._model_bytes(), "the model")
         try:
             with self.at_home():
-                self.model.save_pretrained(partial, max_shard_size=SHARD, **state)
-            self.tokenizer.save_pretrained(partial)
-            _flush_all(partial)
+                save_model(partial, self.model, self.tokenizer, self.source, weights)
+                _flush_all(partial)
+                start = time.perf_counter()
+                tensors, size = read_back(partial, self.model, self.tokenizer, weights)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)  # the room may be all that is missing
             raise
+        seconds = time.perf_counter() - start
+        self.read_back = {"tensors": tensors, "gib": size / GIB, "seconds": seconds}
+        print(f"the saved model, {tensors} tensors, {size / GIB:.2f} GiB, was read back as trained in {seconds:.1f} s")
         old = self.dir / "model.old"
         shutil.rmtree(old, ignore_errors=True)
         if final.is_symlink():
@@ -2873,6 +3328,11 @@ class Run:
             final.rename(old)
         partial.rename(final)
         shutil.rmtree(old, ignore_errors=True)
+
+    def _model_bytes(self):
+        """Bytes of the saved model on the disk, and of experts that are merged beside it while it is read back."""
+        experts = [p for p in self.model.parameters() if p.ndim > 2]
+        return size_in_bytes([*self.model.parameters(), *experts])
 
     def _ledger(self):
         """{part: GiB} of the training phase's peak; on a GPU of the allocated bytes, on a CPU of the resident ones."""

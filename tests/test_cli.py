@@ -386,6 +386,19 @@ def test_save_every_writes_checkpoints_in_between(run, monkeypatch):
     assert saved == [4, 8, 10, 12, 16, 20]
 
 
+@both_scripts
+def test_resume_of_a_run_that_is_not_there_yet_says_so_and_starts_it(run, script, capsys):
+    """So that a scheduler can repeat one command line, from the first time on."""
+    first, folder = run(script, "r", "--max_steps", 2, "--resume")
+    assert f"--resume: there is no run {folder} yet: starting it" in capsys.readouterr().out
+    assert first["eval"] == run(script, "s", "--max_steps", 2)[0]["eval"]
+    second, _ = run(script, "r", "--max_steps", 3, "--resume")
+    said = capsys.readouterr().out
+    assert "resuming after step 2" in said
+    assert "there is no run" not in said
+    assert second["steps"] == 3
+
+
 def test_resume_before_the_first_checkpoint_starts_over(run, monkeypatch, capsys):
     def fail(*args):
         raise RuntimeError("killed")
@@ -566,7 +579,6 @@ BAD_ARGUMENTS = {
     "huge seed": (["--seed", str(2**64)], "is not a whole number, 0 or more"),
     "train text": (["--train_text", "chat"], "invalid choice: 'chat'"),
     "trained": (["--trained", "head"], "invalid choice: 'head'"),
-    "resume of nothing": (["--resume"], "there is no run"),
 }
 
 
@@ -627,7 +639,7 @@ BAD_INPUTS = {
     "model without config": lambda tmp, model: (["--model", bad_model(tmp, model, ["config.json"])], "has not a config.json"),
     "hub id without network": lambda tmp, model: (["--model", "meta-llama/Llama-3.2-1B"], "the hub cannot be reached"),
     "dataset id without network": lambda tmp, model: (["--dataset", "Rowan/hellaswag"], "the hub cannot be reached"),
-    "dataset folder without splits": lambda tmp, model: (["--dataset", tmp], "needs one file train.jsonl or train.parquet"),
+    "dataset folder without splits": lambda tmp, model: (["--dataset", tmp], "needs one file train.jsonl, .jsonl.gz or .parquet, or all parts"),
     "dataset without columns": lambda tmp, model: (["--dataset", bad_dataset(tmp, [without(r, "ctx_a", "endings") for r in many_rows(3)])], "lacks the HellaSwag columns ctx_a, endings"),
     "empty validation": lambda tmp, model: (["--dataset", bad_dataset(tmp, [])], "split validation is empty"),
     "empty train": lambda tmp, model: (["--dataset", bad_dataset(tmp, [], "train")], "split train is empty"),

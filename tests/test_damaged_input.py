@@ -1,5 +1,6 @@
 """Damaged models, data sets and checkpoints end in one line; nothing unsafe is run. python -m pytest tests/test_damaged_input.py"""
 
+import gzip
 import hashlib
 import json
 import os
@@ -118,6 +119,13 @@ def parquet(folder):
     return folder / "train.parquet"
 
 
+def gzipped(folder):
+    content = (folder / "train.jsonl").read_bytes()
+    (folder / "train.jsonl").unlink()
+    (folder / "train.jsonl.gz").write_bytes(gzip.compress(content))
+    return folder / "train.jsonl.gz"
+
+
 ARROW = "data-00000-of-00001.arrow"
 DATA = {
     "a line cut": (lambda f: cut(f / "train.jsonl", 0.9), "line 54, is not JSON"),
@@ -152,10 +160,17 @@ DATA = {
     "label null": (row_with(label=None), "row 5: label 'None' is not 0, 1, 2 or 3"),
     "label a megabyte": (row_with(label="9" * 10**6), "row 5: label '9999999999999999999999999999999999999999' is not"),
     "no rows": (lambda f: write_jsonl(f / "validation.jsonl", []), "split validation is empty"),
-    "an ending of markers alone": (lambda f: write_jsonl(f / "validation.jsonl", [make_row(0, 0, endings=["a", "b", "c", "[step]"])]), "cannot be scored"),
-    "an ending longer than the model": (lambda f: write_jsonl(f / "validation.jsonl", [make_row(0, 0, endings=["a", "b", "c", "word " * 200])]), "cannot be scored: each ending needs between 1 and 128 tokens"),
+    "an ending of markers alone": (lambda f: write_jsonl(f / "validation.jsonl", [make_row(0, 0, endings=["a", "b", "c", "[step]"])]), "row 0 (ind 0), ending 3, ''"),
+    "an ending longer than the model": (lambda f: write_jsonl(f / "validation.jsonl", [make_row(0, 0, endings=["a", "b", "c", "word " * 200])]), "1 validation endings cannot be scored: each ending needs between 1 and 128 tokens, and these have others: row 0 (ind 0), ending 3, 'word word word word word word word word ': 200 tokens; take their rows out"),
     "a folder for a file": (lambda f: [(f / "train.jsonl").unlink(), (f / "train.jsonl").mkdir()], "cannot be loaded: its files"),
-    "two files for a split": (lambda f: shutil.copy(f / "train.jsonl", f / "train.parquet"), "needs one file train.jsonl or train.parquet, and has 2"),
+    "two files for a split": (lambda f: shutil.copy(f / "train.jsonl", f / "train.parquet"), "and has train.jsonl, train.parquet"),
+    "a part missing": (lambda f: (f / "train.jsonl").rename(f / "train-00001-of-00002.jsonl"), "and has train-00001-of-00002.jsonl"),
+    "parts of two wholes": (lambda f: [shutil.copy(f / "train.jsonl", f / "train-00000-of-00001.jsonl"), (f / "train.jsonl").rename(f / "train-00001-of-00002.jsonl")], "and has train-00000-of-00001.jsonl, train-00001-of-00002.jsonl"),
+    "a whole and its part": (lambda f: shutil.copy(f / "train.jsonl", f / "train-00000-of-00001.jsonl"), "and has train-00000-of-00001.jsonl, train.jsonl"),
+    "no file for a split": (lambda f: (f / "train.jsonl").unlink(), "and has none"),
+    "gzip cut": (lambda f: cut(gzipped(f)), "cannot be loaded: its files"),
+    "gzip of nothing": (lambda f: gzipped(f).write_bytes(b""), "split train is empty"),
+    "text named gzip": (lambda f: (f / "train.jsonl").rename(f / "train.jsonl.gz"), "cannot be loaded: its files"),
     "parquet cut": (lambda f: cut(parquet(f)), "cannot be loaded: its files"),
     "parquet empty": (lambda f: parquet(f).write_bytes(b""), "cannot be loaded: its files"),
     "parquet a zip": (lambda f: zipfile.ZipFile(parquet(f), "w").close(), "cannot be loaded: its files"),
@@ -318,17 +333,6 @@ def test_all_of_the_frozen_weights_is_looked_at(monkeypatch):
 # What is odd but sound trains
 
 
-def test_a_generation_config_that_cannot_be_saved_costs_no_model(sound, commands, tmp_path):
-    """transformers reads a temperature without sampling, and refuses to write it."""
-    shutil.copytree(sound["model"], tmp_path / "model")
-    (tmp_path / "model" / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6, "top_p": 0.9}')
-    flags = ["--model", tmp_path / "model", "--dataset", sound["data"], "--output_dir", tmp_path, "--max_steps", 1]
-    code, out, err = commands.run("finetune_lowmem", "--run-name", "x", *flags)
-    assert code == 0, err
-    assert "generation_config.json contradicts itself" in out
-    assert (tmp_path / "x" / "model" / "config.json").exists()
-
-
 def test_a_file_system_s_own_files_in_a_checkpoint_do_no_harm(sound, commands, tmp_path):
     shutil.copytree(sound["finetune_lowmem"], tmp_path / "finetune_lowmem")
     (step_folder(tmp_path / "finetune_lowmem") / ".nfs0001").touch()
@@ -350,6 +354,22 @@ def test_rows_of_a_folder_with_an_odd_name_and_of_a_file_with_a_byte_order_mark(
     args = SimpleNamespace(dataset=str(folder), train_rows=4, eval_rows=None)
     assert common.load_rows(args, "train") == common.load_rows(args, "validation")[:4]
     assert len(common.load_rows(args, "validation")) == 5
+
+
+@pytest.mark.parametrize("where", ["", "data"])
+def test_rows_in_the_hub_s_layout(where, tmp_path):
+    """In parts, as parquet or compressed, in data/ as in a clone, or not; of what else lies there nothing is taken."""
+    rows, folder = [common.check_row(row, number, "") for number, row in enumerate(many_rows(12))], tmp_path / where
+    folder.mkdir(exist_ok=True)
+    datasets.Dataset.from_list(rows[:5]).to_parquet(str(folder / "train-00000-of-00002.parquet"))
+    datasets.Dataset.from_list(rows[5:]).to_parquet(str(folder / "train-00001-of-00002.parquet"))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "validation-00000-of-00001.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    for other in ("test-00000-of-00001.parquet", "training-00000-of-00001.parquet", "train.csv"):
+        (folder / other).touch()
+    for limit in (None, 4, 5, 7):
+        args = SimpleNamespace(dataset=str(tmp_path), train_rows=limit, eval_rows=limit)
+        assert common.load_rows(args, "train") == common.load_rows(args, "validation") == rows[:limit]
 
 
 def test_what_must_not_be_read_or_written_is_no_damage(sound, commands, tmp_path):
@@ -458,7 +478,10 @@ TOKENIZER = make_tokenizer()
 )
 @settings(max_examples=400, deadline=None)
 def test_any_rows_are_refused_or_become_sound_batches(rows, text, limit, multiple):
-    """Of any types at all: UserError, or batches whose targets are the right ending's ids, in order, and EOS."""
+    """Of any types at all: UserError, or batches whose targets are the right ending's ids, in order, and EOS.
+
+    Rows whose right ending is empty are left out.
+    """
     problem = None
     try:
         rows = [common.check_row(row, number, "train") for number, row in enumerate(rows)]
@@ -467,7 +490,15 @@ def test_any_rows_are_refused_or_become_sound_batches(rows, text, limit, multipl
     if problem:
         assert re.match(r"train, row \d+", problem)
         return
-    sequences = common.training_sequences(rows, TOKENIZER, text, limit)
+    ending_of = {
+        id(row): (common.harness_text(row)[1] if text == "harness" else row["endings"])[row["label"]] for row in rows
+    }
+    kept_rows = [row for row in rows if ending_of[id(row)].strip()]
+    if not kept_rows:
+        with pytest.raises(common.UserError, match="have a right ending without a token of its own"):
+            common.training_sequences(rows, TOKENIZER, text, limit)
+        return
+    sequences, rows = common.training_sequences(rows, TOKENIZER, text, limit), kept_rows
     batch = common.collate(sequences, limit, multiple)
     assert batch.ids.shape == batch.labels.shape == (len(rows), max(common.padded_lengths(sequences, multiple, limit)))
     assert batch.ids.shape[1] <= limit
@@ -479,10 +510,9 @@ def test_any_rows_are_refused_or_become_sound_batches(rows, text, limit, multipl
         end = len(sequence.ids) - 1
         assert ids[:end].tolist() == sequence.ids[:-1]
         assert not ids[end:].any()
-        ending = common.harness_text(row)[1][row["label"]] if text == "harness" else row["endings"][row["label"]]
         decoded = TOKENIZER.decode(kept[:-1], clean_up_tokenization_spaces=False)
         if len(sequence.ids) <= limit and row["ctx" if text == "raw" else "activity_label"].strip():
-            assert decoded.endswith(ending)
+            assert decoded.endswith(ending_of[id(row)])
 
 
 sequence = st.integers(2, 50).flatmap(

@@ -14,9 +14,10 @@ import pytest
 import torch
 from commands import after_each_step
 from conftest import make_model
-from test_cli import lines
+from test_cli import lines, weights
 from test_faults import assert_same_run, has_lines, wait_until
 from test_ranks import ranks_of
+from test_saved_model import QUANTIZED, quantized_pair
 
 import common
 
@@ -44,10 +45,11 @@ def run(tmp_path, model_folder, dataset_folder):
         first="",
         meanwhile=lambda _: None,
         gpus=1,
+        script="finetune_lowmem",
     ):
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, finetune_lowmem\n"
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common, finetune_base, finetune_lowmem\n"
         code += f"finetune_lowmem.GRAPHS_PAY, finetune_lowmem.COMPILING_PAYS = 0, {0 if compiled else 10**9}\n"
-        code += f"{first}\ncommon.run_command(finetune_lowmem.main)"
+        code += f"{first}\ncommon.run_command({script}.main)"
         argv = [
             "--run-name",
             name,
@@ -103,6 +105,24 @@ def test_other_architectures_run_as_graphs(run, architecture):
     """A window, a head with a bias, norms of queries and keys, Conv1D layers."""
     summary, said = run("r", "--epochs", 2, architecture=architecture)
     assert "CUDA graphs" in said
+    assert summary["eval"][-1]["gold_nll"] < summary["eval"][0]["gold_nll"]
+
+
+@pytest.mark.parametrize(
+    ("script", "kind"), [*(("finetune_lowmem", kind) for kind in QUANTIZED), ("finetune_base", "mxfp4, experts")]
+)
+def test_quantized_weights_are_made_whole_on_a_gpu_too(script, kind, run, tmp_path):
+    """transformers would keep them as they are there. Untrained they are saved as what they mean, bit for bit."""
+    make, quantize, settings = QUANTIZED[kind]
+    quantized, plain = quantized_pair(tmp_path, make(), quantize, settings)
+    no_graphs = ["--no_compile"] if (script, kind) == ("finetune_lowmem", "mxfp4, experts") else []  # gpt-oss has none
+    run("untrained", "--epochs", 0, *no_graphs, model=quantized, script=script)
+    expected, saved = weights(plain), weights(tmp_path / "untrained" / "model")
+    assert saved.keys() == expected.keys()
+    dtype = torch.float32 if script == "finetune_base" else torch.bfloat16
+    assert all(torch.equal(saved[name], tensor.to(dtype)) for name, tensor in expected.items())
+    summary, said = run("trained", "--epochs", 2, *no_graphs, model=quantized, script=script)
+    assert "was read back as trained in" in said
     assert summary["eval"][-1]["gold_nll"] < summary["eval"][0]["gold_nll"]
 
 

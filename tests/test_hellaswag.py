@@ -6,9 +6,11 @@ import random
 import hypothesis.strategies as st
 import pytest
 import torch
+import transformers
 from benchmarks.harness import harness_results
 from conftest import ODD_ROWS, make_model, make_row, make_tokenizer, many_rows
 from hypothesis import given, settings
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
 import common
 
@@ -98,6 +100,51 @@ def test_labels_are_the_right_ending_and_eos_alone(bos):
             # a label is the next input token
             places = (batch.labels[number, :-1] != common.IGNORE).nonzero()[:-1, 0]
             assert torch.equal(batch.labels[number, places], batch.ids[number, places + 1])
+
+
+@pytest.mark.parametrize("behind", ["<eos>", "<eos> <eos>", "<bos> <eos>"])
+@pytest.mark.parametrize("bos", [False, True])
+def test_what_a_tokenizer_adds_behind_a_text_is_taken_off(bos, behind):
+    """As `add_eos_token` does: the text goes on, and rows are trained and scored as without."""
+    plain, adds = make_tokenizer(bos), make_tokenizer(bos)
+    template = "<bos> $A" if bos else "$A"
+    tokens = [("<bos>", 0), ("<eos>", 1)]
+    adds.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{template} {behind}", special_tokens=tokens)
+    assert adds("word")["input_ids"] == plain("word")["input_ids"] + [t == "<eos>" for t in behind.split()]
+    assert (common.added_behind(plain), common.added_behind(adds)) == (0, len(behind.split()))
+    rows = [row | {"label": int(row["label"])} for row in ODD_ROWS]
+    for text in ("harness", "raw"):
+        assert common.training_sequences(rows, adds, text, 99) == common.training_sequences(rows, plain, text, 99)
+    assert common.evaluation_rows(rows, adds, 99) == common.evaluation_rows(rows, plain, 99)
+
+
+def test_rows_whose_ending_has_no_token_of_its_own_are_left_out_and_named(capsys):
+    """One token spans the context's end and the ending; or the ending is a marker and nothing else."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )  # fmt: skip
+    tokenizer.train_from_iterator(["he cuts", "Cooking: he cuts"] * 50, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    gone = make_row(0, 0, ctx_a="he", ctx_b="", endings=["cuts", "flies", "paints", "sings"]) | {"label": 0}
+    there, marker = gone | {"label": 1}, gone | {"endings": ["[step]"] * 4}
+    for text, rows, names in (
+        ("raw", [there, gone, there, gone], "row 1 ' cuts', row 3 ' cuts'"),
+        ("harness", [marker, there, gone, gone, gone], "row 0 ' ', row 2 ' cuts', row 3 ' cuts', ..."),
+    ):
+        kept = common.training_sequences(rows, tokenizer, text, 99)
+        assert kept == common.training_sequences([row for row in rows if row is there], tokenizer, text, 99)
+        said = f"{len(rows) - len(kept)} of {len(rows)} rows to train on have a right ending without a token of its own"
+        assert f"{said} ({names}): left out\n" in capsys.readouterr().out
+        with pytest.raises(common.UserError, match="2 of 2 rows to train on have a right ending without a token"):
+            common.training_sequences([gone, gone], tokenizer, text, 99)
+    unscorable = (
+        "2 validation endings cannot be scored.*: row 1 \\(ind 0\\), ending 0, 'cuts': no token of its own, row 2"
+    )
+    other = make_row(7, 0) | {"label": 0}
+    with pytest.raises(common.UserError, match=unscorable):
+        common.evaluation_rows([other, gone, there], tokenizer, 99)
 
 
 def test_a_long_row_is_cut_on_the_left(tokenizer):

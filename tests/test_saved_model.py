@@ -1,0 +1,580 @@
+"""What is saved is what was trained, for transformers 4 and 5, and read back. python -m pytest tests/test_saved_model.py
+
+The checks against the real transformers 4 need a folder that it is installed in, and skip themselves without:
+
+    pip install --target FOLDER "transformers==4.57.*" && TRANSFORMERS_4=FOLDER python -m pytest tests/test_saved_model.py
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import TINY, make_model, make_tokenizer
+from safetensors.torch import load_file, save_file
+from test_cli import both_scripts, weights
+from test_damaged_input import change_json, change_weights, refused
+from tokenizers import Tokenizer
+
+import common
+
+MXFP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [16, 16]}
+
+
+@pytest.fixture
+def flags(dataset_folder, tmp_path):
+    """flags(model) -> those of a short run."""
+
+    def of(model):
+        return [
+            "--model", model, "--dataset", dataset_folder, "--output_dir", tmp_path / "runs", "--batch_size", 4,
+            "--max_steps", 3, "--epochs", 1, "--lr", "1e-2",
+        ]  # fmt: skip
+
+    return of
+
+
+def gold_nll(run):
+    return [e["gold_nll"] for e in json.loads((run / "summary.json").read_text())["eval"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantised weights: trained and saved as whole ones. (folder with them, folder with the same as fp32)
+
+
+def fp8(weight, rows, columns):
+    """(e4m3 weight, fp32 scale of each block, fp32 weight that they mean) for blocks of rows x columns."""
+    blocks = weight.float().unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
+    scale = blocks.abs().amax((1, 3), keepdim=True) / 448
+    stored = (blocks / scale).to(torch.float8_e4m3fn)
+    meant = (stored.float() * scale).flatten(2).flatten(0, 1)
+    return stored.flatten(2).flatten(0, 1), scale[:, 0, :, 0], meant
+
+
+def quantized_pair(folder, model, quantize, settings):
+    """Save `model` to folder/plain and, as `quantize` stores a tensor, to folder/quantized.
+
+    quantize: function(name, fp32 tensor) -> ({name: tensor} to store, fp32 tensor that they mean).
+    """
+    plain, quantized = folder / "plain", folder / "quantized"
+    for where in (plain, quantized):
+        model.save_pretrained(where)
+        make_tokenizer().save_pretrained(where)
+    stored, meant = {}, {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        some, meant[name] = quantize(name, tensor)
+        stored |= some
+    save_file({name: t.contiguous() for name, t in meant.items()}, plain / "model.safetensors", {"format": "pt"})
+    save_file({name: t.contiguous() for name, t in stored.items()}, quantized / "model.safetensors", {"format": "pt"})
+    change_json(quantized / "config.json", quantization_config=settings)
+    return quantized, plain
+
+
+def as_fp8_blocks(name, tensor, rows=16, columns=16):
+    if not name.endswith("proj.weight"):
+        return {name: tensor.bfloat16()}, tensor.bfloat16().float()
+    stored, scale, meant = fp8(tensor, rows, columns)
+    return {name: stored, name + "_scale_inv": scale}, meant
+
+
+def as_fp8_tensors(name, tensor):
+    """As Ministral 3: a scale for each tensor, and one of activations."""
+    stored, meant = as_fp8_blocks(name, tensor, *tensor.shape)
+    if len(stored) == 2:
+        stored[name + "_scale_inv"] = stored[name + "_scale_inv"].squeeze()
+        stored[name.replace("weight", "activation_scale")] = torch.tensor(1.0)
+    return stored, meant
+
+
+def as_mxfp4(name, tensor):
+    """As gpt-oss: the experts' matrices in blocks of 32 of 4 bits, which have an exponent in common, over their rows."""
+    if "experts" not in name or name.endswith("bias"):
+        return {name: tensor.bfloat16()}, tensor.bfloat16().float()
+    blocks = tensor.transpose(1, 2).unflatten(2, (-1, 32))  # [experts, out, blocks, 32]
+    exponent = (blocks.abs().amax(3, keepdim=True) / 6).log2().ceil()
+    codes = (blocks * (-exponent).exp2()).unsqueeze(-1).sub(MXFP4).abs().argmin(-1)
+    meant = (MXFP4[codes] * exponent.exp2()).flatten(2).transpose(1, 2)
+    packed = (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8)
+    return {name + "_blocks": packed, name + "_scales": (exponent[..., 0] + 127).to(torch.uint8)}, meant
+
+
+def tiny(config_class, **changes):
+    torch.manual_seed(0)
+    config = config_class(**(TINY | {"head_dim": 8} | changes))
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
+OSS = {"num_local_experts": 4, "num_experts_per_tok": 4, "sliding_window": 16}
+QUANTIZED = {
+    "fp8, blocks": (lambda: make_model("qwen3"), as_fp8_blocks, FP8),
+    "fp8, tensors": (lambda: make_model("llama-tied"), as_fp8_tensors, FP8 | {"activation_scheme": "static", "weight_block_size": None}),
+    "fp8, experts": (lambda: tiny(transformers.Qwen3MoeConfig, **EXPERTS), as_fp8_blocks, FP8),
+    "mxfp4, experts": (lambda: tiny(transformers.GptOssConfig, **OSS), as_mxfp4, {"quant_method": "mxfp4"}),
+}  # fmt: skip
+
+
+@both_scripts
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_quantized_weights_train_and_are_saved_as_the_whole_ones_that_they_mean(
+    kind, script, commands, flags, tmp_path
+):
+    """Bit for bit, also what is saved, as a model that was never quantised."""
+    make, quantize, settings = QUANTIZED[kind]
+    quantized, plain = quantized_pair(tmp_path, make(), quantize, settings)
+    said = {}
+    for model in (quantized, plain):
+        code, said[model], err = commands.run(script, "--run-name", model.name, *flags(model))
+        assert code == 0, err
+    dtype = torch.float32 if script == "finetune_base" else torch.bfloat16
+    assert f"are stored as {settings['quant_method']}; trained and saved are whole ones, {dtype}" in said[quantized]
+    runs = tmp_path / "runs"
+    saved, expected = weights(runs / "quantized" / "model"), weights(runs / "plain" / "model")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+    assert {tensor.dtype for tensor in saved.values()} == {dtype}
+    assert gold_nll(runs / "quantized") == gold_nll(runs / "plain")
+    assert not common.QUANTIZATION & json.loads((runs / "quantized" / "model" / "config.json").read_text()).keys()
+    assert commands.run(script, "--run-name", "again", *flags(runs / "quantized" / "model"), "--epochs", 0)[0] == 0
+    assert gold_nll(runs / "again")[0] == gold_nll(runs / "quantized")[-1]
+
+
+NO_WAY_BACK = {
+    "gptq": ({"quant_method": "gptq", "bits": 4}, "is stored quantised as gptq, which transformers cannot turn back"),
+    "awq": ({"quant_method": "awq", "bits": 4}, "is stored quantised as awq, which transformers cannot turn back"),
+    "unknown": ({"quant_method": "int3000"}, "is stored quantised as int3000, which transformers cannot turn back"),
+    "unnamed": ({"bits": 4}, "is stored quantised as None, which transformers cannot turn back"),
+}
+
+
+@both_scripts
+@pytest.mark.parametrize("kind", NO_WAY_BACK)
+def test_weights_that_cannot_be_made_whole_are_refused_by_name(kind, script, commands, flags, model_folder, tmp_path):
+    settings, message = NO_WAY_BACK[kind]
+    shutil.copytree(model_folder(), tmp_path / "model")
+    change_json(tmp_path / "model" / "config.json", quantization_config=settings)
+    assert message in refused(commands, script, "--run-name", "x", *flags(tmp_path / "model"))
+
+
+@both_scripts
+def test_a_scale_that_is_missing_or_not_announced_is_refused(script, commands, flags, tmp_path):
+    """Without it a weight would mean something else, silently."""
+    name = "model.layers.1.mlp.up_proj.weight"
+    quantized, _ = quantized_pair(tmp_path, make_model(), as_fp8_blocks, FP8)
+    change_weights(quantized, lambda w: w.pop(name + "_scale_inv"))
+    said = refused(commands, script, "--run-name", "x", *flags(quantized))
+    assert f"is damaged: {name} is stored in FP8 without a scale" in said
+    change_json(quantized / "config.json", quantization_config=...)
+    said = refused(commands, script, "--run-name", "x", *flags(quantized))
+    assert "proj.weight_scale_inv, which LlamaForCausalLM does not know, beside weights that it uses" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Read back
+
+
+def in_saved_model(code):
+    """Code for `first`: `code`, one line, runs on the `folder` of the saved model before that is read back."""
+    return (
+        "import common, json, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "plain = common.save_model\n"
+        "def save_model(folder, *args):\n"
+        "    from test_damaged_input import change_json, change_weights, cut, flip\n"
+        "    plain(folder, *args)\n"
+        f"    {code}\n"
+        "common.save_model = save_model"
+    )
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+NOT_AS_TRAINED = {
+    "a flipped bit": ("flip(folder / 'model.safetensors', 0.9)", "differs"),
+    "a value": (f"change_weights(folder, lambda w: w['{UP}'][0, 0].add_(1))", f"{UP} differs"),
+    "two layers swapped": (f"change_weights(folder, lambda w: w.update({{'{UP}': w['{UP}'.replace('1', '0')].clone()}}))", f"{UP} differs"),
+    "a tensor missing": (f"change_weights(folder, lambda w: w.pop('{UP}'))", "the names of its tensors differs"),
+    "a tensor too many": (f"change_weights(folder, lambda w: w.update({{'more': w['{UP}'].clone()}}))", "the names of its tensors differs"),
+    "another shape": (f"change_weights(folder, lambda w: w.update({{'{UP}': w['{UP}'][:32].clone()}}))", "the shape of"),
+    "another type": (f"change_weights(folder, lambda w: w.update({{'{UP}': w['{UP}'].double()}}))", f"the type of {UP} differs"),
+    "another configuration": ("change_json(folder / 'config.json', rms_norm_eps=1e-3)", "rms_norm_eps of its configuration differs"),
+    "another tokenizer": ("from conftest import make_tokenizer; make_tokenizer(bos=True).save_pretrained(folder)", "its tokenizer differs"),
+    "a file cut": ("cut(folder / 'model.safetensors')", "cannot be read back"),
+    "no configuration": ("(folder / 'config.json').unlink()", "cannot be read back"),
+}  # fmt: skip
+
+
+@both_scripts
+@pytest.mark.parametrize("damage", NOT_AS_TRAINED)
+def test_a_saved_model_that_is_not_what_was_trained_ends_the_run(
+    damage, script, commands, flags, model_folder, tmp_path
+):
+    """Its checkpoint stays, from which the same command saves it again."""
+    code, message = NOT_AS_TRAINED[damage]
+    argv = ["--run-name", "x", *flags(model_folder())]
+    rc, out, err = commands.run(script, *argv, first=in_saved_model(code))
+    assert rc == 2, out
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: the saved model ")
+    assert message in last
+    assert last.endswith("the same command with --resume goes on from step 3")
+    names = {file.name.partition(".")[0] for file in (tmp_path / "runs" / "x").iterdir()}
+    assert names == {"checkpoint", "config", "eval_epoch0", "eval_epoch1", "events", "metrics"}
+    assert commands.run(script, *argv, "--resume")[0] == 0
+    assert (tmp_path / "runs" / "x" / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize("architecture", ["llama-tied", "mixtral", "gpt2"])
+def test_reading_back_takes_one_tensor_at_a_time(architecture, model_folder, tmp_path, monkeypatch):
+    """What is in host memory at once, beside the model itself, seen at what was read and is still alive."""
+    import weakref
+
+    from transformers.integrations import accelerate
+
+    folder, alive, most = model_folder(architecture), weakref.WeakSet(), 0
+    model, (tokenizer, _) = common.load_model(folder, torch.float32), common.load_tokenizer(folder)
+    common.save_model(tmp_path / "saved", model, tokenizer, common.Source.of(folder))
+    plain = accelerate.load_offloaded_parameter
+
+    def load(found, name):
+        nonlocal most
+        tensor = plain(found, name)
+        alive.add(tensor)
+        most = max(most, len(alive))
+        return tensor
+
+    monkeypatch.setattr(accelerate, "load_offloaded_parameter", load)
+    tensors, size = common.read_back(tmp_path / "saved", model, tokenizer)
+    assert tensors == len(model.state_dict())
+    assert size > common.size_in_bytes(model.parameters())
+    assert 1 <= most <= 2  # the last one lives until the next is there
+    assert [f.name for f in tmp_path.iterdir()] == ["saved"]
+
+
+@both_scripts
+def test_what_was_read_back_is_said_and_kept(script, commands, flags, model_folder, tmp_path):
+    _, out, _ = commands.run(script, "--run-name", "x", *flags(model_folder()))
+    summary = json.loads((tmp_path / "runs" / "x" / "summary.json").read_text())
+    assert summary["model_read_back"]["tensors"] == 21
+    assert "the saved model, 21 tensors, 0.00 GiB, was read back as trained in" in out
+    commands.run(script, "--run-name", "y", *flags(model_folder()), "--no_save_model")
+    assert json.loads((tmp_path / "runs" / "y" / "summary.json").read_text())["model_read_back"] is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers 4 and 5 read the same
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LOCAL = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5}, "sliding_attention": {"rope_type": "default", "rope_theta": 777.0}}  # fmt: skip
+# {name: (configuration of transformers 5, the settings by the names of transformers 4)}
+NAMES_OF_4 = {
+    "llama": (lambda: transformers.LlamaConfig(**TINY, rope_parameters={"rope_type": "default", "rope_theta": 5e5}), {"rope_theta": 5e5, "rope_scaling": None}),
+    "llama3": (lambda: transformers.LlamaConfig(**TINY, rope_parameters=LLAMA3 | {"rope_theta": 5e5}), {"rope_theta": 5e5, "rope_scaling": LLAMA3}),
+    "yarn": (lambda: transformers.Qwen3Config(**TINY, head_dim=8, rope_parameters=YARN | {"rope_theta": 1e6}), {"rope_theta": 1e6, "rope_scaling": YARN}),
+    "part": (lambda: transformers.PhiConfig(**TINY, partial_rotary_factor=0.25, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25}), {"rope_theta": 1e6, "rope_scaling": None, "partial_rotary_factor": 0.25}),
+    "neox": (lambda: transformers.GPTNeoXConfig(**TINY, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6, "partial_rotary_factor": 0.5}), {"rotary_emb_base": 1e6, "rotary_pct": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    "gemma3": (lambda: transformers.Gemma3TextConfig(**TINY, head_dim=8, sliding_window=16, rope_parameters=LOCAL), {"rope_theta": 5e5, "rope_local_base_freq": 777.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "experts": (lambda: transformers.Qwen3MoeConfig(**TINY, **EXPERTS, head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 1e6}), {"rope_theta": 1e6, "num_experts": 4}),
+}  # fmt: skip
+
+
+def as_4_writes(folder, names):
+    """Turn a folder that transformers 5 wrote into one of transformers 4."""
+    more = {"rope_parameters": ..., "dtype": ..., "torch_dtype": "float32", "transformers_version": "4.45.0"}
+    change_json(folder / "config.json", **more | names | ({"num_local_experts": ...} if "num_experts" in names else {}))
+    of_5 = {"backend": ..., "is_local": ..., "local_files_only": ...}
+    change_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", **of_5)
+
+
+@pytest.mark.parametrize("writer", [4, 5])
+@pytest.mark.parametrize("name", NAMES_OF_4)
+def test_the_configuration_has_the_names_of_both(name, writer, commands, flags, tmp_path):
+    make, names = NAMES_OF_4[name]
+    torch.manual_seed(0)
+    model, config = tmp_path / "model", make()
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    make_tokenizer(bos=True).save_pretrained(model)
+    if writer == 4:
+        as_4_writes(model, names)
+    assert commands.run("finetune_lowmem", "--run-name", "x", *flags(model))[0] == 0
+    saved = tmp_path / "runs" / "x" / "model"
+    content = json.loads((saved / "config.json").read_text())
+    assert {key: content.get(key) for key in names} == names
+    assert content["rope_parameters"] == config.rope_parameters
+    assert content["dtype"] == content["torch_dtype"] == "bfloat16"
+    assert transformers.AutoConfig.from_pretrained(saved).rope_parameters == config.rope_parameters
+    tokenizer = json.loads((saved / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not {"backend", "is_local", "local_files_only"} & tokenizer.keys()
+
+
+def test_names_of_4_that_would_make_5_read_another_model_are_left_out(commands, flags, model_folder, tmp_path):
+    wrong = "import common; common.rope_of_4 = lambda rope: {'rope_scaling': {'rope_type': 'linear', 'factor': 3.0}}"
+    code, out, err = commands.run("finetune_lowmem", "--run-name", "x", *flags(model_folder()), first=wrong)
+    assert code == 0, err
+    assert "the saved model's config.json is for transformers 5 alone" in out
+    assert "rope_scaling" not in json.loads((tmp_path / "runs" / "x" / "model" / "config.json").read_text())
+
+
+PROBE_OF_4 = """
+import json, sys, torch, transformers
+assert transformers.__version__.startswith("4."), transformers.__version__
+transformers.logging.set_verbosity_error()
+found = []
+for folder in sys.argv[1:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = transformers.AutoTokenizer.from_pretrained(folder)("Someone sees it. he takes the drum home.")["input_ids"]
+    with torch.no_grad():
+        found.append([ids, model(input_ids=torch.tensor([ids * 4])).logits.flatten().tolist()])
+print(json.dumps(found))
+"""
+
+
+def read_by_4(*folders):
+    environment = os.environ | {"PYTHONPATH": os.environ["TRANSFORMERS_4"]}
+    command = [sys.executable, "-W", "ignore", "-c", PROBE_OF_4, *map(str, folders)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout)
+
+
+@pytest.mark.skipif("TRANSFORMERS_4" not in os.environ, reason="TRANSFORMERS_4 names no folder with transformers 4")
+@pytest.mark.parametrize("writer", [4, 5])
+def test_transformers_4_itself_reads_the_same_model_and_ids(writer, tmp_path):
+    saved, expected = [], []
+    for name, (make, names) in NAMES_OF_4.items():
+        torch.manual_seed(0)
+        source = tmp_path / "source" / name
+        transformers.AutoModelForCausalLM.from_config(make()).save_pretrained(source)
+        make_tokenizer(bos=True).save_pretrained(source)
+        if writer == 4:
+            as_4_writes(source, names)
+        model, (tokenizer, _) = common.load_model(source, torch.float32), common.load_tokenizer(source)
+        saved.append(tmp_path / "saved" / name)
+        common.save_model(saved[-1], model, tokenizer, common.Source.of(source))
+        ids = tokenizer("Someone sees it. he takes the drum home.")["input_ids"]
+        with torch.no_grad():
+            expected.append((ids, model(input_ids=torch.tensor([ids * 4])).logits.flatten()))
+    for folder, (ids, logits), (read_ids, read) in zip(saved, expected, read_by_4(*saved), strict=True):
+        assert read_ids == ids, folder
+        assert torch.tensor(read).sub(logits).abs().max() < 1e-4, folder  # seen: 2e-6
+    if writer == 4:  # the sources, too, are read so by it
+        for (read_ids, read), (ids, logits) in zip(
+            read_by_4(*(tmp_path / "source" / n for n in NAMES_OF_4)), expected, strict=True
+        ):
+            assert (read_ids, torch.tensor(read).sub(logits).abs().max() < 1e-4) == (ids, True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the saved folder takes from the source
+
+
+GENERATION = {
+    "temperature, nothing of sampling": (
+        {"eos_token_id": [1, 2], "pad_token_id": 1, "temperature": 0.6, "top_p": 0.9, "max_length": 4096},
+        {"eos_token_id": [1, 2], "pad_token_id": 1, "temperature": 0.6, "top_p": 0.9, "max_length": 4096, "do_sample": True},
+        "contradicts itself, and is saved with do_sample true\n",
+    ),
+    "temperature, no sampling": (
+        {"eos_token_id": [1, 2], "do_sample": False, "temperature": 0.6, "top_k": 20, "repetition_penalty": 1.1},
+        {"eos_token_id": [1, 2], "do_sample": False, "repetition_penalty": 1.1},
+        "contradicts itself, and is saved without temperature, top_k\n",
+    ),
+    "beams and sampling": (
+        {"eos_token_id": 1, "temperature": 0.6, "early_stopping": True},
+        {"eos_token_id": 1, "temperature": 0.6, "do_sample": True},
+        "contradicts itself, and is saved with do_sample true without early_stopping\n",
+    ),
+    "sound": ({"eos_token_id": [1, 2], "do_sample": True, "temperature": 0.6}, {"eos_token_id": [1, 2], "do_sample": True, "temperature": 0.6}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GENERATION)
+def test_a_generation_config_keeps_what_is_valid(case, commands, flags, model_folder, tmp_path):
+    given, kept, message = GENERATION[case]
+    shutil.copytree(model_folder(), tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(given))
+    code, out, err = commands.run("finetune_lowmem", "--run-name", "x", *flags(tmp_path / "model"))
+    assert code == 0, err
+    saved = json.loads((tmp_path / "runs" / "x" / "model" / "generation_config.json").read_text())
+    assert {name: saved.get(name) for name in given | kept} == dict.fromkeys(given) | kept
+    assert message in out if message else "contradicts" not in out
+
+
+def test_settings_and_files_of_the_source_are_kept_but_what_names_code(commands, flags, model_folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(model_folder(), model)
+    auto = {"AutoConfig": "modeling_x.XConfig", "AutoModelForCausalLM": "modeling_x.XModel"}
+    change_json(model / "config.json", auto_map=auto, custom_pipelines={"x": {}}, pretraining_tp=2, house_style="brick")
+    change_json(
+        model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.X", None]}, extra_special_tokens=["<bos>"]
+    )
+    change_json(model / "tokenizer_config.json", chat_template="{{ messages }}", add_bos_token=False)
+    (model / "tokenizer.model").write_bytes(b"pieces")
+    (model / "preprocessor_config.json").write_text('{"size": 28}')
+    code, out, err = commands.run("finetune_lowmem", "--run-name", "x", *flags(model))
+    assert code == 0, err
+    assert "the saved model leaves out auto_map, custom_pipelines: no code is saved with it" in out
+    saved = tmp_path / "runs" / "x" / "model"
+    config, tokenizer = (json.loads((saved / f"{kind}.json").read_text()) for kind in ("config", "tokenizer_config"))
+    assert not {"auto_map", "custom_pipelines"} & (config.keys() | tokenizer.keys())
+    assert (config["pretraining_tp"], config["house_style"]) == (2, "brick")
+    assert tokenizer["additional_special_tokens"] == ["<bos>"]
+    assert (tokenizer["add_bos_token"], "extra_special_tokens" in tokenizer) == (False, False)
+    assert transformers.AutoTokenizer.from_pretrained(saved).chat_template == "{{ messages }}"
+    assert (saved / "tokenizer.model").read_bytes() == b"pieces"
+    assert (saved / "preprocessor_config.json").read_text() == '{"size": 28}'
+
+
+def test_a_tokenizer_whose_class_misreads_its_file_is_read_as_the_file_says(commands, flags, tmp_path):
+    """As DeepSeek's distilled Llamas, whose texts lose all spaces in transformers 5's LlamaTokenizer."""
+    model, text = tmp_path / "model", "Someone sees it. he takes the drum home."
+    make_model().save_pretrained(model)
+    make_tokenizer().save_pretrained(model)
+    change_json(model / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
+    ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(text).ids
+    assert transformers.AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False)["input_ids"] != ids
+    code, out, err = commands.run("finetune_lowmem", "--run-name", "x", *flags(model))
+    assert code == 0, err
+    assert f"the tokenizer of {model} is read as its tokenizer.json says, not as LlamaTokenizer" in out
+    saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "runs" / "x" / "model")
+    assert saved(text)["input_ids"] == ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is missing, and what lies beside
+
+
+def test_a_missing_package_is_named(commands, flags, model_folder, tmp_path):
+    """And is no damage. Each as transformers says it where the package is not there."""
+    said = {
+        "sentencepiece": "ValueError('`tiktoken` is required to read a `tiktoken` file. Install it with `pip install tiktoken`.')",
+        "'bitsandbytes>=0.46.1'": "ImportError('Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip install -U bitsandbytes>=0.46.1`')",
+        "'compressed-tensors>=0.15.0'": "ImportError('requires compressed-tensors>=0.15.0: `pip install compressed-tensors>=0.15.0`')",
+        "compressed_tensors": "ModuleNotFoundError(\"No module named 'compressed_tensors'\", name='compressed_tensors')",
+        "flash-attn": "ImportError(\"FlashAttention2 has been toggled on, but it cannot be used due to the following error: the package for FlashAttention2 doesn't seem to be installed.\")",
+        "kernels==0.16.0": "ImportError('`kernels` is either not installed or uses an incompatible version. Please install a compatible version (0.16.0 <= version < 0.17.0), e.g. `pip install kernels==0.16.0`')",
+        "protobuf": "ImportError('X requires the protobuf library but it was not found in your environment.')",
+    }  # fmt: skip
+    for package, error in said.items():
+        first = "import importlib.util, transformers\n"
+        first += "find = importlib.util.find_spec\n"
+        first += "importlib.util.find_spec = lambda name, *a: None if name == 'sentencepiece' else find(name, *a)\n"
+        first += f"def fail(*_, **__):\n    raise {error}\n"
+        first += "transformers.AutoTokenizer.from_pretrained = fail"
+        code, _, err = commands.run("finetune_lowmem", "--run-name", "x", *flags(model_folder()), first=first)
+        assert code == 2
+        line = err.strip().splitlines()[-1]
+        assert line == f"error: model {model_folder()} needs a package that is not installed: pip install {package}"
+
+
+def test_a_missing_package_is_named_by_the_real_libraries_too(commands, flags, model_folder, tmp_path):
+    """Those that requirements.txt does not have; what is installed here all the same is not asked for."""
+    from importlib.util import find_spec
+
+    model = tmp_path / "model"
+    shutil.copytree(model_folder(), model)
+    config = (model / "config.json").read_text()
+    cases = {
+        "compressed_tensors": {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}},
+        "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        "flash_attn": {"attn_implementation": "flash_attention_2"},
+        "kernels": {"attn_implementation": "kernels-community/flash-attn3"},
+    }
+    cases = {package: changes for package, changes in cases.items() if not find_spec(package)}
+    assert cases, "none of the packages is missing here"
+    for package, changes in cases.items():
+        (model / "config.json").write_text(config)
+        change_json(model / "config.json", **changes)
+        line = refused(commands, "finetune_lowmem", "--run-name", "x", *flags(model))
+        assert "needs a package that is not installed: pip install " in line
+        assert package in line.replace("-", "_")
+
+
+def test_lora_weights_beside_full_ones_are_not_used_and_that_is_said(commands, flags, model_folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(model_folder(), model)
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(8, 8)}, model / "adapter_model.safetensors")
+    without_peft = "import importlib.util\nfind = importlib.util.find_spec\n"
+    without_peft += "importlib.util.find_spec = lambda name, *a: {} if name == 'peft' else find(name, *a)"
+    code, out, _ = commands.run("finetune_lowmem", "--run-name", "x", *flags(model), first=without_peft.format(None))
+    assert code == 0
+    names = "(adapter_config.json, adapter_model.safetensors)"
+    assert f"the LoRA weights in {model} {names} are not used, only the full weights beside them" in out
+    code, _, err = commands.run(
+        "finetune_lowmem", "--run-name", "y", *flags(model), first=without_peft.format("object()")
+    )
+    assert code == 2
+    assert "cannot be trained: merge them, or take them out of the folder" in err
+    (model / "model.safetensors").unlink()
+    assert "holds LoRA weights alone: merge them" in refused(
+        commands, "finetune_lowmem", "--run-name", "z", *flags(model)
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layers of the text
+
+
+def pictures_and_text(folder):
+    """A Gemma 3 with a vision tower of as many layers as the text has."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}  # fmt: skip
+    text = TINY | {"head_dim": 8, "sliding_window": 16}
+    tokens = {"mm_tokens_per_image": 4, "image_token_index": 5, "boi_token_index": 3, "eoi_token_index": 4}
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, **tokens)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@both_scripts
+@pytest.mark.parametrize("trained", ["layers", "all"])
+def test_of_a_model_of_pictures_and_text_the_text_is_trained(trained, script, commands, flags, tmp_path):
+    model = pictures_and_text(tmp_path / "model")
+    code, _, err = commands.run(script, "--run-name", "x", *flags(model), "--trained", trained)
+    assert code == 0, err
+    before, after = weights(model), weights(tmp_path / "runs" / "x" / "model")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name].to(after[name].dtype), after[name])}
+    text = {name for name in before if "language_model" in name}
+    layers = {name for name in text if ".layers." in name}
+    assert changed == layers if trained == "layers" else layers < changed <= text
+    nll = gold_nll(tmp_path / "runs" / "x")
+    assert nll[1] < nll[0]
+
+
+@both_scripts
+def test_layers_that_may_be_skipped_are_refused_by_name(script, commands, flags, tmp_path):
+    opt = {"ffn_dim": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": True, "layerdrop": 0.5}
+    config = transformers.OPTConfig(**TINY | opt)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    line = refused(commands, script, "--run-name", "x", *flags(tmp_path / "model"))
+    assert (
+        "OPTForCausalLM is not supported while it skips layers at random: set layerdrop to 0 in its config.json" in line
+    )
+    change_json(tmp_path / "model" / "config.json", layerdrop=0.0)
+    assert commands.run(script, "--run-name", "y", *flags(tmp_path / "model"))[0] == 0
+
+
+@both_scripts
+def test_layers_that_do_not_run_are_refused_by_name(script, commands, flags, model_folder):
+    """Whatever else is taken for the decoder's layers."""
+    first = "import common, torch\n"
+    first += "plain = common.load_model\n"
+    first += "def load_model(*args):\n"
+    first += "    model = plain(*args)\n"
+    first += "    model.base_model.get_decoder = lambda: other\n"
+    first += "    other = model.base_model.tower = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))\n"
+    first += "    return model\n"
+    first += "common.load_model = load_model"
+    code, _, err = commands.run(script, "--run-name", "x", *flags(model_folder()), first=first)
+    assert code == 2
+    assert "LlamaForCausalLM is not supported: 2 of its decoder layers do not run on text" in err
