@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import accuracy
 import noise
 import ranks
+import read_back
 import variant
 
 import common
@@ -436,6 +437,14 @@ def test_the_speed_of_one_and_of_two_gpus_is_compared_at_one_commit_only():
     two = {"case": "8B, two GPUs", "commit": "a", "rows_per_second": 15.0}
     assert list(ranks.compare([one, two])) == ["8B, two GPUs: 1.50 times the rows/s of 8B, one GPU"]
     assert list(ranks.compare([one, two | {"commit": "b"}])) == []
+
+
+def test_the_readme_has_what_reading_back_costs():
+    cases = json.loads((ROOT / "tests/benchmarks/results/read-back-h200.json").read_text())["cases"]
+    benchmarks, readme = ((ROOT / file).read_text() for file in ("tests/benchmarks/README.md", "README.md"))
+    assert read_back.report(cases) in benchmarks
+    seconds = next(case["read_back_seconds"] for case in cases if case["model"] == "8B")
+    assert f"[{seconds:.0f} s for 8B](tests/benchmarks/README.md#reading-back)" in readme
 
 
 def test_the_readme_has_the_results_of_two_gpus(capsys):

@@ -2,7 +2,8 @@
 
 The checks against the real transformers 4 need a folder that it is installed in, and skip themselves without:
 
-    pip install --target FOLDER "transformers==4.57.*" && TRANSFORMERS_4=FOLDER python -m pytest tests/test_saved_model.py
+    pip install --no-deps --target FOLDER "transformers==4.57.*" "tokenizers==0.22.*" "huggingface-hub==0.36.*"
+    TRANSFORMERS_4=FOLDER python -m pytest tests/test_saved_model.py
 """
 
 import json
@@ -22,6 +23,7 @@ from test_damaged_input import change_json, change_weights, refused
 from tokenizers import Tokenizer
 
 import common
+import finetune_lowmem
 
 MXFP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [16, 16]}
@@ -173,6 +175,13 @@ def test_a_scale_that_is_missing_or_not_announced_is_refused(script, commands, f
     change_json(quantized / "config.json", quantization_config=...)
     said = refused(commands, script, "--run-name", "x", *flags(quantized))
     assert "proj.weight_scale_inv, which LlamaForCausalLM does not know, beside weights that it uses" in said
+
+
+def test_host_memory_for_making_weights_whole_is_checked_before(tmp_path, monkeypatch):
+    quantized, _ = quantized_pair(tmp_path, make_model(), as_fp8_blocks, FP8)
+    monkeypatch.setattr(common, "free_host_memory", lambda: 1000)
+    with pytest.raises(common.UserError, match="is not stored in bf16 but as fp8: to convert it takes 0.0 GiB of host"):
+        finetune_lowmem.check_host_memory(quantized, budget=2**40)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

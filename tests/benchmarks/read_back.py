@@ -1,6 +1,7 @@
 """What saving a model and reading it back cost: seconds, and host memory of this process beside the model.
 
     python tests/benchmarks/read_back.py --tokenizer MODEL_FOLDER --out results.json
+    python tests/benchmarks/read_back.py --report results.json
 
 On a GPU, random bf16 weights in the exact Llama shapes, and a mixture of 16 experts, whose merged matrices transformers
 writes to the disk for the while; `common.save_model` and `common.read_back` as at the end of a run. What is read has
@@ -100,25 +101,31 @@ def measure(shape, tokenizer, folder):
     }
 
 
+def report(cases):
+    """The cases as a table in Markdown."""
+    columns = ["tensors", "gib", "save_seconds", "read_back_seconds", "host_gib", "disk_gib_per_second"]
+    heads = ["tensors", "GiB", "save, s", "read back, s", "host memory for that, GiB", "the disk alone, GiB/s"]
+    lines = [["", *heads], ["---"] * 7, *([case["model"], *(str(case[name]) for name in columns)] for case in cases)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--models", nargs="+", default=["1B", "8B", "16 experts"])
+    parser.add_argument("--tokenizer", help="folder of a model, for its tokenizer")
+    parser.add_argument("--out", help="file for the results")
+    parser.add_argument("--report", metavar="FILE", help="print those results instead")
     args = parser.parse_args()
+    if args.report:
+        print(report(json.loads(Path(args.report).read_text())["cases"]))
+        return
     cases = []
-    for shape in args.models:
+    for shape in ("1B", "8B", "16 experts"):
         with tempfile.TemporaryDirectory() as folder:
             cases.append(measure(shape, args.tokenizer, Path(folder)))
-        print(cases[-1], flush=True)
         torch.cuda.empty_cache()
-    Path(args.out).write_text(
-        json.dumps({"machine": machine() | common.versions(torch.device("cuda")), "cases": cases}, indent=1) + "\n"
-    )
-    print("| model | tensors | GiB | save, s | read back, s | host memory for that, GiB | this disk alone, GiB/s |")
-    print("|---|---|---|---|---|---|---|")
-    for case in cases:
-        print("|", " | ".join(str(value) for value in case.values()), "|")
+    results = {"machine": machine() | common.versions(torch.device("cuda")), "cases": cases}
+    Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+    print(report(cases))
 
 
 if __name__ == "__main__":
