@@ -2849,7 +2849,7 @@ def config_of_both(config, written, source):
         if config.model_type.startswith("gpt_neox"):
             old = {GPT_NEOX_ROPE.get(name, name): value for name, value in old.items()}
     dropped = OF_THE_SAVED | QUANTIZATION | CODE
-    content = written | {k: v for k, v in source.items() if k not in dropped and not k.startswith("_")} | old
+    content = written | old | {k: v for k, v in source.items() if k not in dropped and not k.startswith("_")}
     for name, part in written.items():
         if name.endswith("_config") and isinstance(part, dict) and isinstance(source.get(name), dict):
             content[name] = config_of_both(getattr(config, name), part, source[name])
@@ -2869,7 +2869,7 @@ def rope_of_4(rope):
         return {}
     found = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
     scaling = {name: value for name, value in rope.items() if name not in found}
-    found["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    found["rope_scaling"] = None if scaling.get("rope_type") == "default" else scaling
     return found | ({"rope_local_base_freq": local["rope_theta"]} if local else {})
 
 
@@ -2916,7 +2916,7 @@ def _compare(folder, model, tokenizer, weights):
             raise UserError(f"the saved model is not what was trained, {what} differs: {ending.go_on}")
 
     own = weights or model.state_dict()
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="merged-") as merged:
+    with tempfile.TemporaryDirectory(dir=folder) as merged:
         found, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", device_map={"": "disk"}, offload_folder=merged, output_loading_info=True
         )
