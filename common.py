@@ -2786,33 +2786,31 @@ def _first_failure():
 CODE = {"auto_map", "custom_pipelines"}  # settings that name Python files, which are neither run nor saved
 QUANTIZATION = {"quantization_config", "compression_config"}  # of weights that are whole now
 OF_THE_SAVED = {"architectures", "dtype", "torch_dtype", "transformers_version"}  # whatever the source says
-OTHER_FILES = (  # of the source: a vocabulary that converters read, and what prepares pictures
-    "tokenizer.model",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
+# Of the source: what prepares pictures and prompts, and a vocabulary that converters read
+OTHER_SETTINGS = ("preprocessor_config", "video_preprocessor_config", "processor_config", "chat_template")
+VOCABULARY = "tokenizer.model"
 
 
 @dataclass
 class Source:
-    """What a saved model takes from the one it was trained from: settings as they are written, other files' bytes."""
+    """What a saved model takes from the one it was trained from: {name: content} of its json files, without those
+    settings that name code, `code`, and the bytes of its `tokenizer.model` or None.
+    """
 
-    config: dict
-    tokenizer: dict
-    files: dict
+    settings: dict
+    code: list
+    vocabulary: bytes | None
 
     @classmethod
     def of(cls, name):
-        """That of the model `name`, hub id or folder."""
-        from transformers import PreTrainedConfig
-
-        file = source_file(name, "tokenizer_config.json")
-        tokenizer = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-        files = {other: file for other in OTHER_FILES if (file := source_file(name, other))}
-        files = {other: Path(file).read_bytes() for other, file in files.items()}
-        return cls(PreTrainedConfig.get_config_dict(name)[0], tokenizer, files)
+        """That of the model `name`, hub id or folder. Raises UserError."""
+        files = {kind: source_file(name, f"{kind}.json") for kind in ("config", "tokenizer_config", *OTHER_SETTINGS)}
+        with _explain_loading("model", name):
+            settings = {kind: dict(_read_json(Path(file))) for kind, file in files.items() if file}
+        code = {setting for content in settings.values() for setting in CODE & content.keys()}
+        settings = {kind: {k: v for k, v in content.items() if k not in CODE} for kind, content in settings.items()}
+        vocabulary = source_file(name, VOCABULARY)
+        return cls(settings, sorted(code), Path(vocabulary).read_bytes() if vocabulary else None)
 
 
 def save_model(folder, model, tokenizer, source, weights=None):
@@ -2822,17 +2820,22 @@ def save_model(folder, model, tokenizer, source, weights=None):
     """
     model.save_pretrained(folder, max_shard_size=SHARD, state_dict=weights and dict(weights))  # which it empties
     tokenizer.save_pretrained(folder)
-    for name, content in source.files.items():
-        (folder / name).write_bytes(content)
-    written = _read_json(folder / "tokenizer_config.json")
-    _write_json(folder / "tokenizer_config.json", tokenizer_config_of_both(tokenizer, written, source.tokenizer))
-    written = _read_json(folder / "config.json")
-    _write_json(folder / "config.json", config_of_both(model.config, written, source.config))
+    if source.vocabulary is not None:
+        (folder / VOCABULARY).write_bytes(source.vocabulary)
+    written = {kind: _read_json(folder / f"{kind}.json") for kind in ("config", "tokenizer_config")}
+    settings = source.settings | {
+        "config": config_of_both(model.config, written["config"], source.settings["config"]),
+        "tokenizer_config": tokenizer_config_of_both(
+            tokenizer, written["tokenizer_config"], source.settings.get("tokenizer_config", {})
+        ),
+    }
+    for kind, content in settings.items():
+        _write_json(folder / f"{kind}.json", content)
     if _other_setting(folder, model.config):
-        _write_json(folder / "config.json", {name: written[name] for name in written.keys() - CODE})
+        _write_json(folder / "config.json", {k: v for k, v in written["config"].items() if k not in CODE})
         print("the saved model's config.json is for transformers 5 alone: with 4's names 5 would read another model")
-    if left_out := sorted(CODE & (source.config.keys() | source.tokenizer.keys())):
-        print(f"the saved model leaves out {', '.join(left_out)}: no code is saved with it")
+    if source.code:
+        print(f"the saved model leaves out {', '.join(source.code)}: no code is saved with it")
 
 
 def config_of_both(config, written, source):
@@ -2848,8 +2851,7 @@ def config_of_both(config, written, source):
         old |= rope_of_4(source["rope_parameters"] or {})
         if config.model_type.startswith("gpt_neox"):
             old = {GPT_NEOX_ROPE.get(name, name): value for name, value in old.items()}
-    dropped = OF_THE_SAVED | QUANTIZATION | CODE
-    content = written | old | {k: v for k, v in source.items() if k not in dropped and not k.startswith("_")}
+    content = written | old | {k: v for k, v in source.items() if k not in OF_THE_SAVED and not k.startswith("_")}
     for name, part in written.items():
         if name.endswith("_config") and isinstance(part, dict) and isinstance(source.get(name), dict):
             content[name] = config_of_both(getattr(config, name), part, source[name])

@@ -425,7 +425,7 @@ def test_settings_and_files_of_the_source_are_kept_but_what_names_code(commands,
     )
     change_json(model / "tokenizer_config.json", chat_template="{{ messages }}", add_bos_token=False)
     (model / "tokenizer.model").write_bytes(b"pieces")
-    (model / "preprocessor_config.json").write_text('{"size": 28}')
+    (model / "preprocessor_config.json").write_text('{"size": 28, "auto_map": {"AutoProcessor": "x.X"}}')
     code, out, err = commands.run("finetune_lowmem", "--run-name", "x", *flags(model))
     assert code == 0, err
     assert "the saved model leaves out auto_map, custom_pipelines: no code is saved with it" in out
@@ -437,7 +437,7 @@ def test_settings_and_files_of_the_source_are_kept_but_what_names_code(commands,
     assert (tokenizer["add_bos_token"], "extra_special_tokens" in tokenizer) == (False, False)
     assert transformers.AutoTokenizer.from_pretrained(saved).chat_template == "{{ messages }}"
     assert (saved / "tokenizer.model").read_bytes() == b"pieces"
-    assert (saved / "preprocessor_config.json").read_text() == '{"size": 28}'
+    assert json.loads((saved / "preprocessor_config.json").read_text()) == {"size": 28}
 
 
 def test_a_tokenizer_whose_class_misreads_its_file_is_read_as_the_file_says(commands, flags, tmp_path):
