@@ -710,7 +710,7 @@ def _explain_loading(what, name):
             raise UserError(
                 f"{what} {name} needs code of its own, which is never run here: choose a {what} that transformers knows"
             ) from error
-        if package := _missing_package(chain):
+        if package := _missing_package(chain, name):
             raise UserError(
                 f"{what} {name} needs a package that is not installed: pip install {quote(package)}"
             ) from error
@@ -743,16 +743,16 @@ def _explain_loading(what, name):
         raise UserError(f"{what} {name} cannot be loaded ({text})") from error
 
 
-def _missing_package(chain):
+def _missing_package(chain, name):
     """What pip has to install, name and version, of the package that an error or what led to it misses; else None."""
     for error in chain:
         text = str(error)
-        if "tiktoken" in text and not importlib.util.find_spec("sentencepiece"):
-            return "sentencepiece"  # tried first, and silently, for a tokenizer.model
+        if "tiktoken" in text and not importlib.util.find_spec("sentencepiece") and source_file(name, VOCABULARY):
+            return "sentencepiece"  # tried first, and silently
         if not isinstance(error, ImportError):
             continue
-        if "package for FlashAttention2" in text:
-            return "flash-attn"
+        if found := re.search(r"package for FlashAttention(\d)", text):
+            return "flash-attn" if found[1] == "2" else f"flash-attn-{found[1]}"
         named = (
             r"pip install (?:-U |--upgrade )?[`'\"]?([\w.<>=!-]*\w)|requires the (\w+) library|No module named '(\w+)"
         )
@@ -768,9 +768,8 @@ def check_model_folder(name):
         raise UserError(f"--model {name!r} is no folder: give the folder that holds the model's files")
     if not folder.is_dir():
         return
-    adapters = sorted(file.name for file in folder.glob("adapter_*"))
-    weights = [file for file in folder.glob("*.safetensors") if file.name not in adapters]
-    if adapters and not weights:
+    weights = [file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_")]
+    if (folder / "adapter_config.json").exists() and not weights:
         raise UserError(
             f"the model folder {folder} holds LoRA weights alone: merge them into the model they belong to (PEFT's "
             "merge_and_unload), save that with its tokenizer, and give that folder"
@@ -784,11 +783,17 @@ def check_model_folder(name):
             raise UserError(
                 f"the model folder {folder} has not {what}: save model and tokenizer there with save_pretrained"
             )
-    if adapters:
-        leave = f"the LoRA weights in {folder} ({', '.join(adapters)})"
+
+
+def _say_adapters(name):
+    """Say of LoRA weights beside full ones that they are not used. Raises UserError where they would be."""
+    if source_file(name, "adapter_config.json"):
         if importlib.util.find_spec("peft"):  # with it transformers adds them to the model
-            raise UserError(f"{leave} cannot be trained: merge them, or take them out of the folder")
-        print(f"{leave} are not used, only the full weights beside them")
+            raise UserError(
+                f"{name} holds LoRA weights (adapter_config.json) beside full ones, and cannot be trained with both: "
+                "merge them, or take a folder without them"
+            )
+        print(f"the LoRA weights in {name} (adapter_config.json) are not used, only the full ones beside them")
 
 
 def read_config(name):
@@ -799,6 +804,7 @@ def read_config(name):
     """
     from transformers import AutoConfig
     from transformers.quantizers import AutoQuantizationConfig
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     for owner in (config, config.get_text_config()):
@@ -807,17 +813,17 @@ def read_config(name):
             break
     else:
         return config, None
-    cannot = "which transformers cannot turn back into whole weights: choose the model that it was made from"
-    try:
-        way_back = AutoQuantizationConfig.from_dict(settings)
-    except ValueError as error:
-        kind = settings.get("quant_method")
-        raise UserError(f"{name} is stored quantised as {kind}, {cannot}") from error
-    kind = str(getattr(way_back.quant_method, "value", way_back.quant_method))
-    if hasattr(way_back, "dequantize"):
+    by_bitsandbytes = settings.get("load_in_4bit") or settings.get("load_in_8bit")  # early files do not name it
+    kind = "bitsandbytes" if by_bitsandbytes else settings.get("quant_method")
+    known = AUTO_QUANTIZATION_CONFIG_MAPPING.get(kind)
+    if known and "dequantize" in inspect.signature(known).parameters:
         settings = settings | {"dequantize": True}
     elif kind != "bitsandbytes":  # whose modules `PreTrainedModel.dequantize` replaces
-        raise UserError(f"{name} is stored quantised as {kind}, {cannot}")
+        raise UserError(
+            f"{name} is stored quantised as {kind}, which transformers cannot turn back into whole weights: choose the "
+            "model that it was made from"
+        )
+    AutoQuantizationConfig.from_dict(settings)  # some need their package already here
     config.quantization_config = settings
     return config, kind
 
@@ -828,6 +834,7 @@ def load_tokenizer(name):
 
     check_model_folder(name)
     with _explain_loading("model", name):
+        _say_adapters(name)
         config, _ = read_config(name)
         tokenizer = as_its_file(AutoTokenizer.from_pretrained(name, trust_remote_code=False), name)
         limit = length_limit(config, tokenizer)
@@ -842,7 +849,7 @@ PROBE = "A man's 2 cats (x**2) sat.\nNaïve café, 東京 1234567\n"  # tokenize
 
 
 def as_its_file(tokenizer, name):
-    """The tokenizer, or if it reads a text otherwise than the tokenizer.json it comes from, that file's own.
+    """The tokenizer, or, where it loses of a text what the tokenizer.json that it comes from keeps, that file's own.
 
     transformers 5 builds a tokenizer anew from the file's vocabulary, after the pattern of its class. The class that is
     named can be the wrong one: LlamaTokenizerFast for DeepSeek's distilled Llamas, whose texts then lose all spaces.
@@ -854,20 +861,22 @@ def as_its_file(tokenizer, name):
     if file and tokenizer.is_fast:
         plain = Tokenizer.from_file(str(file))
         plain.no_truncation()
-        plain.no_padding()
-        ids = plain.encode(PROBE, add_special_tokens=False).ids
-        if tokenizer(PROBE, add_special_tokens=False)["input_ids"] != ids:
-            print(f"the tokenizer of {name} is read as its tokenizer.json says, not as {type(tokenizer).__name__}")
+        kept = plain.decode(plain.encode(PROBE, add_special_tokens=False).ids).strip()
+        read = tokenizer.backend_tokenizer.decode(tokenizer(PROBE, add_special_tokens=False)["input_ids"]).strip()
+        if read != kept == PROBE.strip():
+            print(f"the tokenizer of {name} is read as its tokenizer.json says: {type(tokenizer).__name__} loses text")
             return PreTrainedTokenizerFast.from_pretrained(name)
     return tokenizer
 
 
 def source_file(name, file):
-    """Path of a file of the model `name`, hub id or folder; None if there is no such file, or no hub to ask."""
+    """Path of a file of the model `name`, hub id or folder; None if there is no such file, or it cannot be had."""
     from transformers.utils import cached_file
 
     flags = dict.fromkeys(("missing_entries", "gated_repo", "connection_errors"), False)
-    return cached_file(name, file, **{f"_raise_exceptions_for_{what}": flag for what, flag in flags.items()})
+    with suppress(OSError):  # a cache that must not be written
+        return cached_file(name, file, **{f"_raise_exceptions_for_{what}": flag for what, flag in flags.items()})
+    return None
 
 
 def load_model(name, dtype):
@@ -897,7 +906,6 @@ def load_model(name, dtype):
         if quantized:
             _check_scales(name)
             model = _whole(model, dtype)
-            print(f"the weights of {name} are stored as {quantized}; trained and saved are whole ones, {dtype}")
         elif as_stored:
             _compute_buffers(model, dtype)
     model.config.dtype = dtype
@@ -913,6 +921,8 @@ def load_model(name, dtype):
                 "a scale or a bias, without which they mean something else; choose a model that transformers knows"
             )
         print(f"the model does not use {len(unused)} tensors of {name}, {unused[0]} first")
+    if quantized:
+        print(f"the weights of {name} are stored as {quantized}; trained and saved are whole ones, {dtype}")
     _make_savable(model)
     return model
 
@@ -1122,10 +1132,10 @@ def choose_trained(model, trained):
         parts += [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
     for part in filter(None, parts):
         part.requires_grad_(True)
-    if any(getattr(module, "layerdrop", 0) for module in model.get_decoder().modules()):
+    if skipping := [name for name, value in model.config.to_dict().items() if "layerdrop" in name and value]:
         raise UserError(
-            f"{type(model).__name__} is not supported while it skips layers at random: set layerdrop to 0 in its "
-            "config.json"
+            f"{type(model).__name__} is not supported while it skips layers at random: set {' and '.join(skipping)} to "
+            "0 in its config.json"
         )
     chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not chosen:
@@ -1247,7 +1257,7 @@ def check_causal(model, data, batch, precision):
     for handle in handles:
         handle.remove()
     if idle:
-        raise UserError(f"{name} is not supported: {len(idle)} of its decoder layers do not run on text")
+        raise UserError(f"{name} is not supported: what is taken for its decoder layers does not all run on text")
     # equal shapes run the same kernels; 1 % leaves room for those whose sums run in another order
     if (before - after).norm() > 0.01 * before.norm():
         raise UserError(f"{name} is not supported: it is not causal, a token changes what comes before it")
@@ -1393,17 +1403,17 @@ def load_rows(args, split):
 
 def split_files(folder, split):
     """The files of a split: <split>.jsonl, .jsonl.gz or .parquet, or as the hub has them, in parts and in data/, as
-    train-00000-of-00002.parquet. Raises UserError.
+    train-00000-of-00002.parquet, with a hash behind in older ones. Raises UserError.
     """
-    pattern = re.compile(rf"({split}(?:-\d{{5}}-of-(\d{{5}}))?)\.(?:jsonl|jsonl\.gz|parquet)")
-    found = {file: match for file in sorted(folder.iterdir()) if (match := pattern.fullmatch(file.name))}
-    if not found and (folder / "data").is_dir():
-        return split_files(folder / "data", split)
+    part = r"(?:-\d{5}-of-(\d{5}))?"
+    pattern = re.compile(rf"({split}{part})(?:-[0-9a-f]{{16}})?(?:\..*)?\.(?:jsonl|jsonl\.gz|parquet)")
+    files = sorted([*folder.iterdir(), *(folder / "data").glob("*")], key=lambda file: file.name)
+    found = {file: match for file in files if (match := pattern.fullmatch(file.name))}
     for count in {match[2] for match in found.values()}:
         parts = [split] if count is None else [f"{split}-{k:05}-of-{count}" for k in range(int(count))]
         if [match[1] for match in found.values()] == parts:
             return list(found)
-    names = ", ".join(file.name for file in found) or "none"
+    names = ", ".join(str(file.relative_to(folder)) for file in found) or "none"
     raise UserError(
         f"dataset {folder} needs one file {split}.jsonl, .jsonl.gz or .parquet, or all parts {split}-00000-of-0000N "
         f"of one, and has {names[:200]}"
@@ -2803,10 +2813,16 @@ class Source:
 
     @classmethod
     def of(cls, name):
-        """That of the model `name`, hub id or folder. Raises UserError."""
-        files = {kind: source_file(name, f"{kind}.json") for kind in ("config", "tokenizer_config", *OTHER_SETTINGS)}
-        with _explain_loading("model", name):
-            settings = {kind: dict(_read_json(Path(file))) for kind, file in files.items() if file}
+        """That of the model `name`, hub id or folder. A file that is damaged is left out and named."""
+        from transformers import PreTrainedConfig
+
+        settings = {"config": PreTrainedConfig.get_config_dict(name)[0]}
+        for kind in ("tokenizer_config", *OTHER_SETTINGS):
+            if file := source_file(name, f"{kind}.json"):
+                try:
+                    settings[kind] = dict(_read_json(Path(file)))
+                except (ValueError, TypeError):
+                    print(f"{kind}.json of {name} is damaged: the saved model leaves it out")
         code = {setting for content in settings.values() for setting in CODE & content.keys()}
         settings = {kind: {k: v for k, v in content.items() if k not in CODE} for kind, content in settings.items()}
         vocabulary = source_file(name, VOCABULARY)
@@ -2814,28 +2830,54 @@ class Source:
 
 
 def save_model(folder, model, tokenizer, source, weights=None):
-    """Write model and tokenizer so that transformers 4.57 and 5 read the same: see `config_of_both`.
+    """Write model and tokenizer so that transformers 4.57 and 5 read the same: see `save_settings`.
 
     source: the `Source` of both. weights: {name: whole tensor}; None: the model's own.
     """
     model.save_pretrained(folder, max_shard_size=SHARD, state_dict=weights and dict(weights))  # which it empties
+    save_settings(folder, model.config, tokenizer, source)
+
+
+def save_settings(folder, config, tokenizer, source):
+    """Write configuration and tokenizer; return whether transformers 4 can read that configuration.
+
+    Not if 5 would then read another one, or none.
+    """
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if source.vocabulary is not None:
         (folder / VOCABULARY).write_bytes(source.vocabulary)
-    written = {kind: _read_json(folder / f"{kind}.json") for kind in ("config", "tokenizer_config")}
-    settings = source.settings | {
-        "config": config_of_both(model.config, written["config"], source.settings["config"]),
-        "tokenizer_config": tokenizer_config_of_both(
-            tokenizer, written["tokenizer_config"], source.settings.get("tokenizer_config", {})
-        ),
-    }
-    for kind, content in settings.items():
-        _write_json(folder / f"{kind}.json", content)
-    if _other_setting(folder, model.config):
-        _write_json(folder / "config.json", {k: v for k, v in written["config"].items() if k not in CODE})
-        print("the saved model's config.json is for transformers 5 alone: with 4's names 5 would read another model")
-    if source.code:
-        print(f"the saved model leaves out {', '.join(source.code)}: no code is saved with it")
+    for kind in OTHER_SETTINGS:
+        if kind in source.settings:
+            _write_json(folder / f"{kind}.json", source.settings[kind])
+    file = folder / "tokenizer_config.json"
+    of_source = source.settings.get("tokenizer_config", {})
+    _write_json(file, tokenizer_config_of_both(tokenizer, _read_json(file), of_source))
+    file = folder / "config.json"
+    written = _read_json(file)
+    _write_json(file, config_of_both(config, written, source.settings["config"]))
+    if not _other_setting(folder, config):
+        return True
+    _write_json(file, {name: value for name, value in written.items() if name not in CODE})
+    return False
+
+
+def check_settings(name, config, tokenizer, source):
+    """Say what of the source cannot be saved, before anything is trained.
+
+    Raises UserError if configuration or tokenizer would not be read back as they are.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        if not save_settings(folder, config, tokenizer, source):
+            print("the saved model will be for transformers 5 alone: with the names of 4 it would read another one")
+        if source.code:
+            print(f"the saved model will be without {', '.join(source.code)}: no code is saved with it")
+        if other := _other_setting(folder, config) or _other_reading(folder, tokenizer):
+            raise UserError(
+                f"{name} cannot be saved so that transformers reads {other} again as it is: choose another model, or "
+                "train with --no_save_model"
+            )
 
 
 def config_of_both(config, written, source):
@@ -2845,12 +2887,14 @@ def config_of_both(config, written, source):
     and other settings, as Qwen3-MoE's num_experts, by other names. What `source` says by the old names holds in both;
     where 5 wrote it, they are made.
     """
+    if source.get("model_type") != config.model_type:  # of a model for pictures and text the text alone
+        parts = [part for part in source.values() if isinstance(part, dict)]
+        source = next((part for part in parts if part.get("model_type") == config.model_type), {})
     old = {}
     if "rope_parameters" in source:  # 5 wrote it
         old = {name: source[new] for name, new in config.attribute_map.items() if new in source}
-        old |= rope_of_4(source["rope_parameters"] or {})
-        if config.model_type.startswith("gpt_neox"):
-            old = {GPT_NEOX_ROPE.get(name, name): value for name, value in old.items()}
+        names = GPT_NEOX_ROPE if config.model_type.startswith("gpt_neox") else {}
+        old |= {names.get(name, name): value for name, value in rope_of_4(source["rope_parameters"] or {}).items()}
     content = written | old | {k: v for k, v in source.items() if k not in OF_THE_SAVED and not k.startswith("_")}
     for name, part in written.items():
         if name.endswith("_config") and isinstance(part, dict) and isinstance(source.get(name), dict):
@@ -2878,17 +2922,21 @@ def rope_of_4(rope):
 def tokenizer_config_of_both(tokenizer, written, source):
     """tokenizer_config.json's content for transformers 4.57 and 5: `written`, 5's own, with all that `source` has.
 
-    4 knows neither 5's class for a tokenizer of no special kind nor its list of extra special tokens.
+    Both are to read tokenizer.json as it is, and so it was used. Classes of 4 would change it, by the settings that are
+    left out, which 5 does not heed. Nor does 4 know 5's list of extra special tokens.
     """
-    from transformers import PreTrainedTokenizerFast
-
-    of_5 = {"backend", "is_local", "local_files_only"}
-    content = {name: value for name, value in (written | source).items() if name not in of_5 | CODE}
+    left_out = CODE | {"backend", "is_local", "local_files_only"}
+    if tokenizer.is_fast:
+        left_out |= {"add_bos_token", "add_eos_token"}
+    content = {name: value for name, value in (written | source).items() if name not in left_out}
     if isinstance(content.get("extra_special_tokens"), list):
         extra = content.pop("extra_special_tokens")
         content.setdefault("additional_special_tokens", extra)
-    if type(tokenizer) is PreTrainedTokenizerFast:  # it reads tokenizer.json as it is, in both
+    if tokenizer.is_fast:
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # What 4's class would make of the names of the inputs and of a space before the text, if nothing was said
+        content["model_input_names"] = tokenizer.model_input_names
+        content["add_prefix_space"] = getattr(tokenizer.backend_tokenizer.pre_tokenizer, "add_prefix_space", False)
     return content
 
 
@@ -2910,7 +2958,7 @@ def read_back(folder, model, tokenizer, weights=None):
 
 def _compare(folder, model, tokenizer, weights):
     from safetensors import safe_open
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.integrations.accelerate import load_offloaded_parameter
 
     def check(same, what):
@@ -2918,7 +2966,7 @@ def _compare(folder, model, tokenizer, weights):
             raise UserError(f"the saved model is not what was trained, {what} differs: {ending.go_on}")
 
     own = weights or model.state_dict()
-    with tempfile.TemporaryDirectory(dir=folder) as merged:
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as merged:  # NFS keeps what is mapped
         found, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", device_map={"": "disk"}, offload_folder=merged, output_loading_info=True
         )
@@ -2935,19 +2983,32 @@ def _compare(folder, model, tokenizer, weights):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is no dict)
                 check(tensors.get_tensor(name).dtype in types, f"the type of {name}")
-    other = _other_setting(folder, model.config)
-    check(not other, f"{other} of its configuration")
-    again = AutoTokenizer.from_pretrained(folder)
-    check(again(PROBE)["input_ids"] == tokenizer(PROBE)["input_ids"], "its tokenizer")
+    other = _other_setting(folder, model.config) or _other_reading(folder, tokenizer)
+    check(not other, other)
     return len(own), size
 
 
 def _other_setting(folder, config):
-    """Name of a setting of `config` that the folder's config.json does not give, None if it gives all."""
+    """What of `config` the folder's config.json does not give, for the reader; None if it gives all."""
     from transformers import AutoConfig
 
-    again, apart = AutoConfig.from_pretrained(folder).to_dict(), CODE | {"_name_or_path", "transformers_version"}
-    return next((k for k, value in config.to_dict().items() if k not in apart and again.get(k) != value), None)
+    apart = CODE | {"_name_or_path", "transformers_version"}
+    try:
+        again = AutoConfig.from_pretrained(folder).to_dict()
+    except Exception as error:  # of settings that contradict, transformers makes errors of any kind
+        return f"its configuration ({' '.join(str(error).split())[:100]})"
+    names = (name for name, value in config.to_dict().items() if name not in apart and again.get(name) != value)
+    return next((f"{name} of its configuration" for name in names), None)
+
+
+def _other_reading(folder, tokenizer):
+    """What the folder's tokenizer reads otherwise than `tokenizer`, for the reader; None if nothing."""
+    from transformers import AutoTokenizer
+
+    again = AutoTokenizer.from_pretrained(folder)
+    same = again(PROBE)["input_ids"] == tokenizer(PROBE)["input_ids"]
+    same &= again.special_tokens_map == tokenizer.special_tokens_map and again.chat_template == tokenizer.chat_template
+    return None if same else "its tokenizer"
 
 
 def _read_json(file):
@@ -3029,7 +3090,9 @@ class Run:
             if ranks() > 1 and not args.no_save_model:
                 size = size_in_bytes(model.parameters())
                 need_host_memory(size, "the fine-tuned model, gathered to be saved (--no_save_model leaves it out),")
-            self.source = None if args.no_save_model else Source.of(args.model)
+            if not args.no_save_model:
+                self.source = Source.of(args.model)
+                check_settings(args.model, model.config, tokenizer, self.source)
             self._need_space(copies=1 if args.resume and last_checkpoint(self.dir) else 2)
             try:
                 self.dir.mkdir(parents=True, exist_ok=args.resume)

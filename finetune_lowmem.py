@@ -911,7 +911,7 @@ def check_techniques(model, head, trained, optimizer, batch, on_host):
     handles += [
         p.register_post_accumulate_grad_hook(lambda p, name=name: after_update(name, p)) for name, p in trained.items()
     ]
-    with learning_rate_zero(optimizer):
+    with common.refuse_what_fails(model), learning_rate_zero(optimizer):
         loss = training_loss(model, head, batch)
         loss.backward()
     for handle in handles:

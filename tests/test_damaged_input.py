@@ -167,6 +167,7 @@ DATA = {
     "a part missing": (lambda f: (f / "train.jsonl").rename(f / "train-00001-of-00002.jsonl"), "and has train-00001-of-00002.jsonl"),
     "parts of two wholes": (lambda f: [shutil.copy(f / "train.jsonl", f / "train-00000-of-00001.jsonl"), (f / "train.jsonl").rename(f / "train-00001-of-00002.jsonl")], "and has train-00000-of-00001.jsonl, train-00001-of-00002.jsonl"),
     "a whole and its part": (lambda f: shutil.copy(f / "train.jsonl", f / "train-00000-of-00001.jsonl"), "and has train-00000-of-00001.jsonl, train.jsonl"),
+    "a whole beside parts in data/": (lambda f: [(f / "data").mkdir(), shutil.copy(f / "train.jsonl", f / "data" / "train-00000-of-00001.jsonl")], "and has data/train-00000-of-00001.jsonl, train.jsonl"),
     "no file for a split": (lambda f: (f / "train.jsonl").unlink(), "and has none"),
     "gzip cut": (lambda f: cut(gzipped(f)), "cannot be loaded: its files"),
     "gzip of nothing": (lambda f: gzipped(f).write_bytes(b""), "split train is empty"),
@@ -356,15 +357,16 @@ def test_rows_of_a_folder_with_an_odd_name_and_of_a_file_with_a_byte_order_mark(
     assert len(common.load_rows(args, "validation")) == 5
 
 
-@pytest.mark.parametrize("where", ["", "data"])
-def test_rows_in_the_hub_s_layout(where, tmp_path):
+@pytest.mark.parametrize(("where", "behind"), [("", ""), ("data", ""), ("data", "-0123456789abcdef")])
+def test_rows_in_the_hub_s_layout(where, behind, tmp_path):
     """In parts, as parquet or compressed, in data/ as in a clone, or not; of what else lies there nothing is taken."""
     rows, folder = [common.check_row(row, number, "") for number, row in enumerate(many_rows(12))], tmp_path / where
     folder.mkdir(exist_ok=True)
-    datasets.Dataset.from_list(rows[:5]).to_parquet(str(folder / "train-00000-of-00002.parquet"))
-    datasets.Dataset.from_list(rows[5:]).to_parquet(str(folder / "train-00001-of-00002.parquet"))
+    datasets.Dataset.from_list(rows[:5]).to_parquet(str(folder / f"train-00000-of-00002{behind}.parquet"))
+    datasets.Dataset.from_list(rows[5:]).to_parquet(str(folder / f"train-00001-of-00002{behind}.parquet"))
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "validation-00000-of-00001.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    name = f"validation-00000-of-00001{behind}" if where else "validation.v2"
+    (folder / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     for other in ("test-00000-of-00001.parquet", "training-00000-of-00001.parquet", "train.csv"):
         (folder / other).touch()
     for limit in (None, 4, 5, 7):

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TINY, make_model, make_tokenizer
+from conftest import TINY, make_model, make_tokenizer, many_rows
 from safetensors.torch import load_file, save_file
 from test_cli import both_scripts, weights
 from test_damaged_input import change_json, change_weights, refused
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import common
 import finetune_lowmem
@@ -147,9 +147,70 @@ def test_quantized_weights_train_and_are_saved_as_the_whole_ones_that_they_mean(
     assert gold_nll(runs / "again")[0] == gold_nll(runs / "quantized")[-1]
 
 
+def by_bitsandbytes(plain, folder, bits):
+    settings = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_quant_type="nf4")
+    transformers.AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=settings, dtype=torch.bfloat16, device_map={"": "cpu"}
+    ).save_pretrained(folder)
+
+
+def by_compressed_tensors(plain, folder, bits):
+    from compressed_tensors import quantization
+    from compressed_tensors.compressors import ModelCompressor
+
+    kind = {"group_size": 32, "strategy": "group"} if bits == 4 else {"strategy": "channel"}
+    weights = quantization.QuantizationArgs(num_bits=bits, type="int", symmetric=True, **kind)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights)
+    layout = "pack-quantized" if bits == 4 else "int-quantized"
+    settings = quantization.QuantizationConfig(
+        config_groups={"all": scheme}, ignore=["lm_head"], format=layout, quantization_status="compressed"
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16)
+    quantization.apply_quantization_config(model, settings)
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            blocks = module.weight.float().unflatten(1, (-1, 32) if bits == 4 else (1, -1))
+            module.weight_scale.data = (blocks.abs().amax(2) / (2 ** (bits - 1) - 1)).bfloat16()
+            module.quantization_status = quantization.QuantizationStatus.FROZEN
+    compressor = ModelCompressor.from_pretrained_model(model, quantization_format=layout)
+    compressor.compress_model(model)
+    model.config.save_pretrained(folder)
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    kept = compressor.quantization_config.model_dump(mode="json") | {"quant_method": "compressed-tensors"}
+    change_json(folder / "config.json", quantization_config=kept)
+
+
+@both_scripts
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("quantize", [by_bitsandbytes, by_compressed_tensors])
+def test_what_other_packages_quantized_is_made_whole(quantize, bits, script, commands, flags, tmp_path):
+    model, plain = tmp_path / "model", tmp_path / "plain"
+    make_model(hidden_size=128, intermediate_size=256).save_pretrained(plain)
+    quantize(plain, model, bits)
+    make_tokenizer().save_pretrained(model)
+    code, out, err = commands.run(script, "--run-name", "x", *flags(model), "--epochs", 0)
+    assert code == 0, err
+    assert (
+        f"are stored as {quantize.__name__.removeprefix('by_').replace('_', '-')}; trained and saved are whole" in out
+    )
+    saved, before = weights(tmp_path / "runs" / "x" / "model"), weights(plain)
+    assert saved.keys() == before.keys()
+    assert {t.dtype for t in saved.values()} == {torch.float32 if script == "finetune_base" else torch.bfloat16}
+    errors = {n: ((saved[n].float() - t).norm() / t.norm()).item() for n, t in before.items() if "proj" in n}
+    assert all(0 < error < {4: 0.2, 8: 0.02}[bits] for error in errors.values())  # seen: 0.10 and 0.008 at most
+    assert not common.QUANTIZATION & json.loads((tmp_path / "runs" / "x" / "model" / "config.json").read_text()).keys()
+    assert commands.run(script, "--run-name", "y", *flags(model))[0] == 0
+
+
 NO_WAY_BACK = {
     "gptq": ({"quant_method": "gptq", "bits": 4}, "is stored quantised as gptq, which transformers cannot turn back"),
     "awq": ({"quant_method": "awq", "bits": 4}, "is stored quantised as awq, which transformers cannot turn back"),
+    "torchao": (
+        {"quant_method": "torchao", "quant_type": "int4_weight_only"},
+        "is stored quantised as torchao, which transformers cannot turn back",
+    ),
     "unknown": ({"quant_method": "int3000"}, "is stored quantised as int3000, which transformers cannot turn back"),
     "unnamed": ({"bits": 4}, "is stored quantised as None, which transformers cannot turn back"),
 }
@@ -324,14 +385,57 @@ def test_the_configuration_has_the_names_of_both(name, writer, commands, flags, 
     assert not {"backend", "is_local", "local_files_only"} & tokenizer.keys()
 
 
-def test_names_of_4_that_would_make_5_read_another_model_are_left_out(commands, flags, model_folder, tmp_path):
-    wrong = "import common; common.rope_of_4 = lambda rope: {'rope_scaling': {'rope_type': 'linear', 'factor': 3.0}}"
-    code, out, err = commands.run("finetune_lowmem", "--run-name", "x", *flags(model_folder()), first=wrong)
+@pytest.mark.parametrize(
+    "wrong",
+    ["{'rope_scaling': {'rope_type': 'linear', 'factor': 3.0}}", "{'rope_scaling': {'rope_type': 'yarn'}, 'rope_theta': 'x'}"],
+    ids=["another model", "none"],
+)  # fmt: skip
+def test_names_of_4_that_would_make_5_read_another_model_are_left_out(wrong, commands, flags, model_folder, tmp_path):
+    first = f"import common; common.rope_of_4 = lambda rope: {wrong}"
+    code, out, err = commands.run("finetune_lowmem", "--run-name", "x", *flags(model_folder()), first=first)
     assert code == 0, err
-    assert "the saved model's config.json is for transformers 5 alone" in out
+    assert "the saved model will be for transformers 5 alone" in out
     assert "rope_scaling" not in json.loads((tmp_path / "runs" / "x" / "model" / "config.json").read_text())
 
 
+def metaspace_tokenizer(template=None):
+    """As SentencePiece's: a space is part of the token behind it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    tokenizer.decoder = decoders.Metaspace()
+    words = "Someone sees it. he takes the drum home. A man's 2 cats (x**2) sat.\nNaïve café, 東京 1234567\n"
+    words += "".join(sorted({c for row in many_rows(60) for c in row["ctx"] + "".join(row["endings"])}))
+    trainer = trainers.BpeTrainer(vocab_size=380, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator([words] * 9, trainer)
+    if template:
+        special_tokens = [("<s>", 0), ("</s>", 1)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special_tokens)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@both_scripts
+def test_a_tokenizer_that_could_not_be_read_again_is_refused_before_training(script, commands, flags, tmp_path):
+    """transformers 5 reads each tokenizer of a Qwen2 as Qwen's own, whatever it is."""
+    make_model("qwen2").save_pretrained(tmp_path / "model")
+    metaspace_tokenizer().save_pretrained(tmp_path / "model")
+    code, _, err = commands.run(script, "--run-name", "x", *flags(tmp_path / "model"))
+    assert code == 2
+    assert "cannot be saved so that transformers reads its tokenizer again as it is: choose another model" in err
+    assert not (tmp_path / "runs").exists()
+    assert commands.run(script, "--run-name", "y", *flags(tmp_path / "model"), "--no_save_model")[0] == 0
+
+
+# Classes of transformers 4 change what they read, by these settings, which 5 does not heed
+TOKENIZERS = {
+    "llama, no key": (lambda: metaspace_tokenizer(), {"tokenizer_class": "LlamaTokenizerFast"}),
+    "llama, BOS": (lambda: metaspace_tokenizer(), {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}),
+    "llama, no BOS": (lambda: metaspace_tokenizer("<s> $A"), {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}),
+    "llama, EOS": (lambda: metaspace_tokenizer("<s> $A"), {"tokenizer_class": "LlamaTokenizerFast", "add_eos_token": True}),
+    "gemma": (lambda: metaspace_tokenizer(), {"tokenizer_class": "GemmaTokenizer"}),
+    "gpt2": (lambda: make_tokenizer(), {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True}),
+    "plain": (lambda: make_tokenizer(), {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": True}),
+    "qwen": (lambda: make_tokenizer(), {"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": ["<eos>"]}),
+}  # fmt: skip
 PROBE_OF_4 = """
 import json, sys, torch, transformers
 assert transformers.__version__.startswith("4."), transformers.__version__
@@ -339,9 +443,10 @@ transformers.logging.set_verbosity_error()
 found = []
 for folder in sys.argv[1:]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = transformers.AutoTokenizer.from_pretrained(folder)("Someone sees it. he takes the drum home.")["input_ids"]
+    read = transformers.AutoTokenizer.from_pretrained(folder)("Someone sees it. he takes the drum home.")
     with torch.no_grad():
-        found.append([ids, model(input_ids=torch.tensor([ids * 4])).logits.flatten().tolist()])
+        logits = model(**{name: torch.tensor([ids * 4]) for name, ids in read.items()}).logits
+    found.append([read["input_ids"], logits.flatten().tolist()])
 print(json.dumps(found))
 """
 
@@ -372,11 +477,29 @@ def test_transformers_4_itself_reads_the_same_model_and_ids(writer, tmp_path):
     for folder, (ids, logits), (read_ids, read) in zip(saved, expected, read_by_4(*saved), strict=True):
         assert read_ids == ids, folder
         assert torch.tensor(read).sub(logits).abs().max() < 1e-4, folder  # seen: 2e-6
-    if writer == 4:  # the sources, too, are read so by it
+    if writer == 4:  # which reads the sources so, too
         for (read_ids, read), (ids, logits) in zip(
             read_by_4(*(tmp_path / "source" / n for n in NAMES_OF_4)), expected, strict=True
         ):
             assert (read_ids, torch.tensor(read).sub(logits).abs().max() < 1e-4) == (ids, True)
+
+
+def test_transformers_4_itself_reads_the_ids_that_were_trained(tmp_path):
+    if "TRANSFORMERS_4" not in os.environ:
+        pytest.skip("TRANSFORMERS_4 names no folder with transformers 4")
+    saved, expected, text = [], [], "Someone sees it. he takes the drum home."
+    for name, (make, settings) in TOKENIZERS.items():
+        source = tmp_path / "source" / name
+        make_model().save_pretrained(source)
+        make().save_pretrained(source)
+        of_5 = {"backend": ..., "is_local": ..., "local_files_only": ...}
+        change_json(source / "tokenizer_config.json", **of_5 | settings)
+        model, (tokenizer, _) = common.load_model(source, torch.float32), common.load_tokenizer(source)
+        saved.append(tmp_path / "saved" / name)
+        common.save_model(saved[-1], model, tokenizer, common.Source.of(source))
+        common.read_back(saved[-1], model, tokenizer)
+        expected.append(tokenizer(text)["input_ids"])
+    assert [ids for ids, _ in read_by_4(*saved)] == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -423,18 +546,21 @@ def test_settings_and_files_of_the_source_are_kept_but_what_names_code(commands,
     change_json(
         model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.X", None]}, extra_special_tokens=["<bos>"]
     )
-    change_json(model / "tokenizer_config.json", chat_template="{{ messages }}", add_bos_token=False)
+    change_json(model / "tokenizer_config.json", chat_template="{{ messages }}", house_style="brick")
+    (model / "processor_config.json").write_text("{")
     (model / "tokenizer.model").write_bytes(b"pieces")
     (model / "preprocessor_config.json").write_text('{"size": 28, "auto_map": {"AutoProcessor": "x.X"}}')
     code, out, err = commands.run("finetune_lowmem", "--run-name", "x", *flags(model))
     assert code == 0, err
-    assert "the saved model leaves out auto_map, custom_pipelines: no code is saved with it" in out
+    assert "the saved model will be without auto_map, custom_pipelines: no code is saved with it" in out
     saved = tmp_path / "runs" / "x" / "model"
     config, tokenizer = (json.loads((saved / f"{kind}.json").read_text()) for kind in ("config", "tokenizer_config"))
     assert not {"auto_map", "custom_pipelines"} & (config.keys() | tokenizer.keys())
     assert (config["pretraining_tp"], config["house_style"]) == (2, "brick")
     assert tokenizer["additional_special_tokens"] == ["<bos>"]
-    assert (tokenizer["add_bos_token"], "extra_special_tokens" in tokenizer) == (False, False)
+    assert (tokenizer["house_style"], "extra_special_tokens" in tokenizer) == ("brick", False)
+    assert f"processor_config.json of {model} is damaged: the saved model leaves it out" in out
+    assert not (saved / "processor_config.json").exists()
     assert transformers.AutoTokenizer.from_pretrained(saved).chat_template == "{{ messages }}"
     assert (saved / "tokenizer.model").read_bytes() == b"pieces"
     assert json.loads((saved / "preprocessor_config.json").read_text()) == {"size": 28}
@@ -450,7 +576,7 @@ def test_a_tokenizer_whose_class_misreads_its_file_is_read_as_the_file_says(comm
     assert transformers.AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False)["input_ids"] != ids
     code, out, err = commands.run("finetune_lowmem", "--run-name", "x", *flags(model))
     assert code == 0, err
-    assert f"the tokenizer of {model} is read as its tokenizer.json says, not as LlamaTokenizer" in out
+    assert f"the tokenizer of {model} is read as its tokenizer.json says: LlamaTokenizer loses text" in out
     saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "runs" / "x" / "model")
     assert saved(text)["input_ids"] == ids
 
@@ -461,12 +587,16 @@ def test_a_tokenizer_whose_class_misreads_its_file_is_read_as_the_file_says(comm
 
 def test_a_missing_package_is_named(commands, flags, model_folder, tmp_path):
     """And is no damage. Each as transformers says it where the package is not there."""
+    model = tmp_path / "model"
+    shutil.copytree(model_folder(), model)
+    (model / "tokenizer.model").write_bytes(b"pieces")
     said = {
         "sentencepiece": "ValueError('`tiktoken` is required to read a `tiktoken` file. Install it with `pip install tiktoken`.')",
         "'bitsandbytes>=0.46.1'": "ImportError('Using `bitsandbytes` 4-bit quantization requires bitsandbytes: `pip install -U bitsandbytes>=0.46.1`')",
         "'compressed-tensors>=0.15.0'": "ImportError('requires compressed-tensors>=0.15.0: `pip install compressed-tensors>=0.15.0`')",
         "compressed_tensors": "ModuleNotFoundError(\"No module named 'compressed_tensors'\", name='compressed_tensors')",
         "flash-attn": "ImportError(\"FlashAttention2 has been toggled on, but it cannot be used due to the following error: the package for FlashAttention2 doesn't seem to be installed.\")",
+        "flash-attn-4": "ImportError(\"FlashAttention4 has been toggled on, but it cannot be used due to the following error: the package for FlashAttention4 doesn't seem to be installed.\")",
         "kernels==0.16.0": "ImportError('`kernels` is either not installed or uses an incompatible version. Please install a compatible version (0.16.0 <= version < 0.17.0), e.g. `pip install kernels==0.16.0`')",
         "protobuf": "ImportError('X requires the protobuf library but it was not found in your environment.')",
     }  # fmt: skip
@@ -476,10 +606,14 @@ def test_a_missing_package_is_named(commands, flags, model_folder, tmp_path):
         first += "importlib.util.find_spec = lambda name, *a: None if name == 'sentencepiece' else find(name, *a)\n"
         first += f"def fail(*_, **__):\n    raise {error}\n"
         first += "transformers.AutoTokenizer.from_pretrained = fail"
-        code, _, err = commands.run("finetune_lowmem", "--run-name", "x", *flags(model_folder()), first=first)
+        code, _, err = commands.run("finetune_lowmem", "--run-name", "x", *flags(model), first=first)
         assert code == 2
         line = err.strip().splitlines()[-1]
-        assert line == f"error: model {model_folder()} needs a package that is not installed: pip install {package}"
+        assert line == f"error: model {model} needs a package that is not installed: pip install {package}"
+    (model / "tokenizer.model").unlink()
+    first = first.replace(error, said["sentencepiece"])
+    _, _, err = commands.run("finetune_lowmem", "--run-name", "x", *flags(model), first=first)
+    assert "its files are damaged" in err  # the tokenizer is not there: no package helps
 
 
 def test_a_missing_package_is_named_by_the_real_libraries_too(commands, flags, model_folder, tmp_path):
@@ -514,13 +648,21 @@ def test_lora_weights_beside_full_ones_are_not_used_and_that_is_said(commands, f
     without_peft += "importlib.util.find_spec = lambda name, *a: {} if name == 'peft' else find(name, *a)"
     code, out, _ = commands.run("finetune_lowmem", "--run-name", "x", *flags(model), first=without_peft.format(None))
     assert code == 0
-    names = "(adapter_config.json, adapter_model.safetensors)"
-    assert f"the LoRA weights in {model} {names} are not used, only the full weights beside them" in out
+    said = f"the LoRA weights in {model} (adapter_config.json) are not used, only the full ones beside them"
+    assert said in out
     code, _, err = commands.run(
         "finetune_lowmem", "--run-name", "y", *flags(model), first=without_peft.format("object()")
     )
     assert code == 2
-    assert "cannot be trained: merge them, or take them out of the folder" in err
+    assert f"{model} holds LoRA weights (adapter_config.json) beside full ones, and cannot be trained with both" in err
+    hub = tmp_path / "hub" / "models--me--lora"  # as a cache has a model of the hub
+    shutil.copytree(model, hub / "snapshots" / "1")
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("1")
+    first = f"import huggingface_hub.constants as c; c.HF_HUB_CACHE = {str(hub.parent)!r}\n" + without_peft.format(None)
+    code, out, err = commands.run("finetune_lowmem", "--run-name", "h", *flags("me/lora"), first=first)
+    assert code == 0, err
+    assert said.replace(str(model), "me/lora") in out
     (model / "model.safetensors").unlink()
     assert "holds LoRA weights alone: merge them" in refused(
         commands, "finetune_lowmem", "--run-name", "z", *flags(model)
@@ -562,15 +704,21 @@ def test_of_a_model_of_pictures_and_text_the_text_is_trained(trained, script, co
 @both_scripts
 def test_layers_that_may_be_skipped_are_refused_by_name(script, commands, flags, tmp_path):
     opt = {"ffn_dim": 64, "word_embed_proj_dim": 32, "do_layer_norm_before": True, "layerdrop": 0.5}
-    config = transformers.OPTConfig(**TINY | opt)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    line = refused(commands, script, "--run-name", "x", *flags(tmp_path / "model"))
-    assert (
-        "OPTForCausalLM is not supported while it skips layers at random: set layerdrop to 0 in its config.json" in line
-    )
-    change_json(tmp_path / "model" / "config.json", layerdrop=0.0)
-    assert commands.run(script, "--run-name", "y", *flags(tmp_path / "model"))[0] == 0
+    bart = {
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_ffn_dim": 64,
+        "decoder_attention_heads": 4,
+        "decoder_layerdrop": 0.1,
+    }
+    for config in (transformers.OPTConfig(**TINY | opt), transformers.BartConfig(**TINY | bart)):
+        model, name = tmp_path / config.model_type, "layerdrop" if config.model_type == "opt" else "decoder_layerdrop"
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(model)
+        make_tokenizer().save_pretrained(model)
+        line = refused(commands, script, "--run-name", "x", *flags(model))
+        assert f"is not supported while it skips layers at random: set {name} to 0 in its config.json" in line
+    change_json(tmp_path / "opt" / "config.json", layerdrop=0.0)
+    assert commands.run(script, "--run-name", "y", *flags(tmp_path / "opt"))[0] == 0
 
 
 @both_scripts
@@ -586,4 +734,4 @@ def test_layers_that_do_not_run_are_refused_by_name(script, commands, flags, mod
     first += "common.load_model = load_model"
     code, _, err = commands.run(script, "--run-name", "x", *flags(model_folder()), first=first)
     assert code == 2
-    assert "LlamaForCausalLM is not supported: 2 of its decoder layers do not run on text" in err
+    assert "what is taken for its decoder layers does not all run on text" in err
