@@ -796,7 +796,7 @@ def _say_adapters(name):
         print(f"the LoRA weights in {name} (adapter_config.json) are not used, only the full ones beside them")
 
 
-def read_config(name):
+def read_config(name: str):
     """(configuration of `name`, hub id or folder; how its weights are quantised, or None).
 
     It has quantised weights loaded as whole ones, also where transformers would leave them as they are, on a GPU.
@@ -848,7 +848,7 @@ def load_tokenizer(name):
 PROBE = "A man's 2 cats (x**2) sat.\nNaïve café, 東京 1234567\n"  # tokenizers that are not alike read it otherwise
 
 
-def as_its_file(tokenizer, name):
+def as_its_file(tokenizer, name: str):
     """The tokenizer, or, where it loses of a text what the tokenizer.json that it comes from keeps, that file's own.
 
     transformers 5 builds a tokenizer anew from the file's vocabulary, after the pattern of its class. The class that is
@@ -869,7 +869,7 @@ def as_its_file(tokenizer, name):
     return tokenizer
 
 
-def source_file(name, file):
+def source_file(name: str, file: str) -> str | None:
     """Path of a file of the model `name`, hub id or folder; None if there is no such file, or it cannot be had."""
     from transformers.utils import cached_file
 
@@ -1354,7 +1354,7 @@ def encode_pairs(tokenizer, pairs):
     return result
 
 
-def added_behind(tokenizer):
+def added_behind(tokenizer) -> int:
     """Number of tokens that the tokenizer adds behind a text, as one with `add_eos_token` adds EOS."""
     alone, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     return whole[::-1].index(alone[-1]) if alone and alone[-1] in whole else 0
@@ -1401,7 +1401,7 @@ def load_rows(args, split):
     return [check_row(row, number, f"dataset {args.dataset}, split {split}") for number, row in enumerate(rows)]
 
 
-def split_files(folder, split):
+def split_files(folder: Path, split: str) -> list[Path]:
     """The files of a split: <split>.jsonl, .jsonl.gz or .parquet, or as the hub has them, in parts and in data/, as
     train-00000-of-00002.parquet, with a hash behind in older ones. Raises UserError.
     """
@@ -2829,7 +2829,7 @@ class Source:
         return cls(settings, sorted(code), Path(vocabulary).read_bytes() if vocabulary else None)
 
 
-def save_model(folder, model, tokenizer, source, weights=None):
+def save_model(folder: Path, model, tokenizer, source: Source, weights: dict | None = None) -> None:
     """Write model and tokenizer so that transformers 4.57 and 5 read the same: see `save_settings`.
 
     source: the `Source` of both. weights: {name: whole tensor}; None: the model's own.
@@ -2838,7 +2838,7 @@ def save_model(folder, model, tokenizer, source, weights=None):
     save_settings(folder, model.config, tokenizer, source)
 
 
-def save_settings(folder, config, tokenizer, source):
+def save_settings(folder: Path, config, tokenizer, source: Source) -> bool:
     """Write configuration and tokenizer; return whether transformers 4 can read that configuration.
 
     Not if 5 would then read another one, or none.
@@ -2862,7 +2862,7 @@ def save_settings(folder, config, tokenizer, source):
     return False
 
 
-def check_settings(name, config, tokenizer, source):
+def check_settings(name: str, config, tokenizer, source: Source) -> None:
     """Say what of the source cannot be saved, before anything is trained.
 
     Raises UserError if configuration or tokenizer would not be read back as they are.
@@ -2880,14 +2880,14 @@ def check_settings(name, config, tokenizer, source):
             )
 
 
-def config_of_both(config, written, source):
+def config_of_both(config, written: dict, source: dict) -> dict:
     """config.json's content for transformers 4.57 and 5: `written`, 5's own, with all that `source` has.
 
     config: the configuration, which was read from `source`. 5 writes RoPE as rope_parameters, which 4 does not read,
     and other settings, as Qwen3-MoE's num_experts, by other names. What `source` says by the old names holds in both;
     where 5 wrote it, they are made.
     """
-    if source.get("model_type") != config.model_type:  # of a model for pictures and text the text alone
+    if source.get("model_type", config.model_type) != config.model_type:  # the text's part of a model with pictures
         parts = [part for part in source.values() if isinstance(part, dict)]
         source = next((part for part in parts if part.get("model_type") == config.model_type), {})
     old = {}
@@ -2907,7 +2907,7 @@ def config_of_both(config, written, source):
 GPT_NEOX_ROPE = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 
 
-def rope_of_4(rope):
+def rope_of_4(rope: dict) -> dict:
     """{rope_theta, rope_scaling, ...}, as transformers 4 reads them, of the rope_parameters of 5."""
     local = rope.get("sliding_attention")  # Gemma 3 has other frequencies in layers with a window
     rope = rope.get("full_attention") or rope
@@ -2919,7 +2919,7 @@ def rope_of_4(rope):
     return found | ({"rope_local_base_freq": local["rope_theta"]} if local else {})
 
 
-def tokenizer_config_of_both(tokenizer, written, source):
+def tokenizer_config_of_both(tokenizer, written: dict, source: dict) -> dict:
     """tokenizer_config.json's content for transformers 4.57 and 5: `written`, 5's own, with all that `source` has.
 
     Both are to read tokenizer.json as it is, and so it was used. Classes of 4 would change it, by the settings that are
@@ -2940,7 +2940,7 @@ def tokenizer_config_of_both(tokenizer, written, source):
     return content
 
 
-def read_back(folder, model, tokenizer, weights=None):
+def read_back(folder: Path, model, tokenizer, weights: dict | None = None) -> tuple[int, int]:
     """(tensors, bytes) of the model saved in `folder`, after all was loaded again and found to be as in `model`.
 
     Each tensor's name, shape, type and bytes are compared, one at a time in host memory: transformers leaves them on

@@ -398,6 +398,18 @@ def test_names_of_4_that_would_make_5_read_another_model_are_left_out(wrong, com
     assert "rope_scaling" not in json.loads((tmp_path / "runs" / "x" / "model" / "config.json").read_text())
 
 
+def test_of_a_source_with_pictures_too_the_text_s_part_is_taken():
+    """As of Qwen3.5, whose text transformers loads alone."""
+    config, text = transformers.LlamaConfig(**TINY), {"model_type": "llama", "rope_theta": 5e5, "house_style": "brick"}
+    source = {"model_type": "pictures and text", "image_size": 28, "text_config": text}
+    assert common.config_of_both(config, {"model_type": "llama", "dtype": "bfloat16"}, source) == text | {
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+    }
+    del text["model_type"]  # as older ones
+    assert common.config_of_both(config, {"model_type": "llama"}, text) == text | {"model_type": "llama"}
+
+
 def metaspace_tokenizer(template=None):
     """As SentencePiece's: a space is part of the token behind it."""
     tokenizer = Tokenizer(models.BPE())
