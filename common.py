@@ -2896,9 +2896,9 @@ def config_of_both(config, written: dict, source: dict) -> dict:
         names = GPT_NEOX_ROPE if config.model_type.startswith("gpt_neox") else {}
         old |= {names.get(name, name): value for name, value in rope_of_4(source["rope_parameters"] or {}).items()}
     content = written | old | {k: v for k, v in source.items() if k not in OF_THE_SAVED and not k.startswith("_")}
-    for name, part in written.items():
-        if name.endswith("_config") and isinstance(part, dict) and isinstance(source.get(name), dict):
-            content[name] = config_of_both(getattr(config, name), part, source[name])
+    for name in config.sub_configs:
+        if isinstance(written.get(name), dict) and isinstance(source.get(name), dict):
+            content[name] = config_of_both(getattr(config, name), written[name], source[name])
     if "dtype" in written:
         content["torch_dtype"] = written["dtype"]
     return {name: value for name, value in content.items() if name not in QUANTIZATION | CODE}

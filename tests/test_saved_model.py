@@ -398,6 +398,20 @@ def test_names_of_4_that_would_make_5_read_another_model_are_left_out(wrong, com
     assert "rope_scaling" not in json.loads((tmp_path / "runs" / "x" / "model" / "config.json").read_text())
 
 
+def test_a_model_that_only_transformers_5_knows_is_saved(commands, flags, tmp_path):
+    """Gemma 4: a kind of RoPE and settings of layers by which no names of 4 can go."""
+    config = transformers.Gemma4TextConfig(**TINY | {"head_dim": 8, "sliding_window": 16, "num_kv_shared_layers": 0})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    code, out, err = commands.run("finetune_base", "--run-name", "x", *flags(tmp_path / "model"))
+    assert code == 0, err
+    assert "the saved model will be for transformers 5 alone" in out
+    assert (
+        transformers.AutoConfig.from_pretrained(tmp_path / "runs" / "x" / "model").rope_parameters
+        == config.rope_parameters
+    )
+
+
 def test_of_a_source_with_pictures_too_the_text_s_part_is_taken():
     """As of Qwen3.5, whose text transformers loads alone."""
     config, text = transformers.LlamaConfig(**TINY), {"model_type": "llama", "rope_theta": 5e5, "house_style": "brick"}
