@@ -2817,7 +2817,7 @@ class Source:
         from transformers import PreTrainedConfig
 
         settings = {"config": PreTrainedConfig.get_config_dict(name)[0]}
-        for kind in ("tokenizer_config", *OTHER_SETTINGS):
+        for kind in ("tokenizer_config", "generation_config", *OTHER_SETTINGS):
             if file := source_file(name, f"{kind}.json"):
                 try:
                     settings[kind] = dict(_read_json(Path(file)))
@@ -2941,7 +2941,7 @@ def tokenizer_config_of_both(tokenizer, written: dict, source: dict) -> dict:
 
 
 def read_back(folder: Path, model, tokenizer, weights: dict | None = None) -> tuple[int, int]:
-    """(tensors, bytes) of the model saved in `folder`, after all was loaded again and found to be as in `model`.
+    """(tensors, bytes) in the files of the model saved in `folder`, after all was loaded again and found as in `model`.
 
     Each tensor's name, shape, type and bytes are compared, one at a time in host memory: transformers leaves them on
     the disk, in the folder's files, or, where it merges some (experts), in files of its own for this while. So are
@@ -2977,15 +2977,16 @@ def _compare(folder, model, tokenizer, weights):
             check(again.shape == tensor.shape, f"the shape of {name}")
             check(again.dtype == tensor.dtype, f"the type of {name}")
             check(torch.equal(_bytes(again), _bytes(tensor.cpu())), name)
-    types, size = {tensor.dtype for tensor in own.values()}, 0
+    types, count, size = {tensor.dtype for tensor in own.values()}, 0, 0
     for file in folder.glob("*.safetensors"):  # what was loaded was converted to the type that the configuration names
         size += file.stat().st_size
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is no dict)
+                count += 1
                 check(tensors.get_tensor(name).dtype in types, f"the type of {name}")
     other = _other_setting(folder, model.config) or _other_reading(folder, tokenizer)
     check(not other, other)
-    return len(own), size
+    return count, size
 
 
 def _other_setting(folder, config):

@@ -320,7 +320,7 @@ def test_reading_back_takes_one_tensor_at_a_time(architecture, model_folder, tmp
 
     monkeypatch.setattr(accelerate, "load_offloaded_parameter", load)
     tensors, size = common.read_back(tmp_path / "saved", model, tokenizer)
-    assert tensors == len(model.state_dict())
+    assert tensors == len(weights(tmp_path / "saved"))
     assert size > common.size_in_bytes(model.parameters())
     assert 1 <= most <= 2  # the last one lives until the next is there
     assert [f.name for f in tmp_path.iterdir()] == ["saved"]
@@ -573,7 +573,8 @@ def test_settings_and_files_of_the_source_are_kept_but_what_names_code(commands,
         model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["x.X", None]}, extra_special_tokens=["<bos>"]
     )
     change_json(model / "tokenizer_config.json", chat_template="{{ messages }}", house_style="brick")
-    (model / "processor_config.json").write_text("{")
+    for kind in ("processor_config", "generation_config"):
+        (model / f"{kind}.json").write_text("{")
     (model / "tokenizer.model").write_bytes(b"pieces")
     (model / "preprocessor_config.json").write_text('{"size": 28, "auto_map": {"AutoProcessor": "x.X"}}')
     code, out, err = commands.run("finetune_lowmem", "--run-name", "x", *flags(model))
@@ -585,7 +586,8 @@ def test_settings_and_files_of_the_source_are_kept_but_what_names_code(commands,
     assert (config["pretraining_tp"], config["house_style"]) == (2, "brick")
     assert tokenizer["additional_special_tokens"] == ["<bos>"]
     assert (tokenizer["house_style"], "extra_special_tokens" in tokenizer) == ("brick", False)
-    assert f"processor_config.json of {model} is damaged: the saved model leaves it out" in out
+    for kind in ("processor_config", "generation_config"):
+        assert f"{kind}.json of {model} is damaged: the saved model leaves it out" in out
     assert not (saved / "processor_config.json").exists()
     assert transformers.AutoTokenizer.from_pretrained(saved).chat_template == "{{ messages }}"
     assert (saved / "tokenizer.model").read_bytes() == b"pieces"
