@@ -3082,25 +3082,10 @@ class Run:
         }
         self.steps = planned_steps(args, self.train)
         reshard(model)  # after the start-up checks
-        self.dir = self.records = Path(args.output_dir) / args.run_name
+        self.dir = Path(args.output_dir) / args.run_name
         self.state = {"args": vars(args), "fingerprints": fingerprints(model, trained, data)}
         self.open = ExitStack()  # until the process ends
-        if rank():
-            self.records = scratch.folder
-        else:
-            if ranks() > 1 and not args.no_save_model:
-                size = size_in_bytes(model.parameters())
-                need_host_memory(size, "the fine-tuned model, gathered to be saved (--no_save_model leaves it out),")
-            if not args.no_save_model:
-                self.source = Source.of(args.model)
-                check_settings(args.model, model.config, tokenizer, self.source)
-            self._need_space(copies=1 if args.resume and last_checkpoint(self.dir) else 2)
-            try:
-                self.dir.mkdir(parents=True, exist_ok=args.resume)
-            except FileExistsError as error:
-                raise UserError(f"{self.dir} was made meanwhile by another process: take another --run-name") from error
-        (self.records / "metrics.jsonl").touch()
-        self.metrics = self.open.enter_context(lock(self.records))
+        self._claim_folder()
         wait_for_all()
         wait_for_folder(self.dir)
         checkpoint = last_checkpoint(self.dir) if args.resume else None
@@ -3123,6 +3108,29 @@ class Run:
         self.skipped, self.bad_steps = optimizer.skipped.clone(), torch.zeros_like(optimizer.skipped)
         self.bad_steps_seen = torch.zeros((), dtype=torch.int64, pin_memory=self.device.type == "cuda")
         self.seconds_to_first_step, self.signalled, self.read_back = None, Agreement(), None
+
+    def _claim_folder(self):
+        """Make and lock the run's folder, of rank 0 after all is found that would keep it from being filled.
+
+        Other ranks keep their records in a folder of their own. Raises UserError.
+        """
+        args, self.records = self.args, self.dir
+        if rank():
+            self.records = scratch.folder
+        else:
+            if not args.no_save_model:
+                if ranks() > 1:
+                    size, flag = size_in_bytes(self.model.parameters()), "(--no_save_model leaves it out)"
+                    need_host_memory(size, f"the fine-tuned model, gathered to be saved {flag},")
+                self.source = Source.of(args.model)
+                check_settings(args.model, self.model.config, self.tokenizer, self.source)
+            self._need_space(copies=1 if args.resume and last_checkpoint(self.dir) else 2)
+            try:
+                self.dir.mkdir(parents=True, exist_ok=args.resume)
+            except FileExistsError as error:
+                raise UserError(f"{self.dir} was made meanwhile by another process: take another --run-name") from error
+        (self.records / "metrics.jsonl").touch()
+        self.metrics = self.open.enter_context(lock(self.records))
 
     def _need_space(self, copies):
         """Raise UserError if the disk has no room for so many checkpoints and the model."""
