@@ -806,12 +806,12 @@ def read_config(name: str):
     from transformers.quantizers import AutoQuantizationConfig
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    config, settings = AutoConfig.from_pretrained(name, trust_remote_code=False), None
     for owner in (config, config.get_text_config()):
-        if settings := getattr(owner, "quantization_config", None):
-            del owner.quantization_config
-            break
-    else:
+        settings = settings or getattr(owner, "quantization_config", None)
+        for setting in QUANTIZATION & vars(owner).keys():
+            delattr(owner, setting)
+    if not settings:
         return config, None
     by_bitsandbytes = settings.get("load_in_4bit") or settings.get("load_in_8bit")  # early files do not name it
     kind = "bitsandbytes" if by_bitsandbytes else settings.get("quant_method")
@@ -845,14 +845,17 @@ def load_tokenizer(name):
     return tokenizer, limit
 
 
-PROBE = "A man's 2 cats (x**2) sat.\nNaïve café, 東京 1234567\n"  # tokenizers that are not alike read it otherwise
+# Tokenizers that are not alike read it otherwise
+PROBE = "A man's 2 cats (x**2) sat.\nTHEY'RE 45% of it; naïve café, 東京 1234567\n"
+PROBE_START = 4  # tokens at its beginning that a space before the text, `add_prefix_space`, may change
 
 
 def as_its_file(tokenizer, name: str):
-    """The tokenizer, or, where it loses of a text what the tokenizer.json that it comes from keeps, that file's own.
+    """The tokenizer, or, where it reads a text otherwise than the tokenizer.json that it comes from, that file's own.
 
-    transformers 5 builds a tokenizer anew from the file's vocabulary, after the pattern of its class. The class that is
-    named can be the wrong one: LlamaTokenizerFast for DeepSeek's distilled Llamas, whose texts then lose all spaces.
+    transformers 4 reads the file; 5 builds a tokenizer anew from its vocabulary, after the pattern of the class that is
+    named, which can be the wrong one: LlamaTokenizerFast for DeepSeek's distilled Llamas, whose texts then lose all
+    spaces; GPT2Tokenizer for GPT-4o's, whose numbers and capitals are then cut otherwise.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -861,12 +864,21 @@ def as_its_file(tokenizer, name: str):
     if file and tokenizer.is_fast:
         plain = Tokenizer.from_file(str(file))
         plain.no_truncation()
-        kept = plain.decode(plain.encode(PROBE, add_special_tokens=False).ids).strip()
-        read = tokenizer.backend_tokenizer.decode(tokenizer(PROBE, add_special_tokens=False)["input_ids"]).strip()
-        if read != kept == PROBE.strip():
-            print(f"the tokenizer of {name} is read as its tokenizer.json says: {type(tokenizer).__name__} loses text")
+        there = _probed(lambda text: plain.encode(text, add_special_tokens=False).ids)
+        here = _probed(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+        count = max(1, min(len(there), len(here)) - PROBE_START)
+        if here[-count:] != there[-count:]:
+            print(f"the tokenizer of {name} is read as its tokenizer.json says, unlike {type(tokenizer).__name__} does")
             return PreTrainedTokenizerFast.from_pretrained(name)
     return tokenizer
+
+
+def _probed(encode):
+    """The ids of PROBE; none of a tokenizer without a token for characters that it does not know, which raises."""
+    try:
+        return encode(PROBE)
+    except Exception:  # nothing more special is raised
+        return []
 
 
 def source_file(name: str, file: str) -> str | None:
@@ -902,6 +914,7 @@ def load_model(name, dtype):
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            generation_config=_generation_config(name),
         )
         if quantized:
             _check_scales(name)
@@ -918,12 +931,13 @@ def load_model(name, dtype):
         if beside := [tensor for tensor in unused if tensor.rpartition(".")[0] in used]:
             raise UserError(
                 f"{name} holds {beside[0]}, which {type(model).__name__} does not know, beside weights that it uses: "
-                "a scale or a bias, without which they mean something else; choose a model that transformers knows"
+                "a scale or a bias, without which they may mean something else; choose a model that transformers knows"
             )
         print(f"the model does not use {len(unused)} tensors of {name}, {unused[0]} first")
     if quantized:
         print(f"the weights of {name} are stored as {quantized}; trained and saved are whole ones, {dtype}")
-    _make_savable(model)
+    if model.generation_config is not None:  # older models have its settings in config.json
+        model.generation_config = _mended(model.generation_config.to_diff_dict()) or model.generation_config
     return model
 
 
@@ -946,35 +960,44 @@ def _check_scales(name):
 
     Run where loading is explained.
     """
-    from safetensors import safe_open
-
-    index = source_file(name, "model.safetensors.index.json")
-    files = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else ["model.safetensors"]
+    if whole := source_file(name, "model.safetensors"):  # which transformers takes first
+        files = [whole]
+    else:
+        index = _read_json(Path(source_file(name, "model.safetensors.index.json")))
+        files = [source_file(name, file) for file in set(index["weight_map"].values())]
     types = {}
     for file in files:
-        with safe_open(source_file(name, file), "pt") as tensors:
-            types |= {tensor: tensors.get_slice(tensor).get_dtype() for tensor in tensors.keys()}  # noqa: SIM118
+        types |= _stored_types(file)
     scaled = {tensor.rpartition(".")[0] for tensor in types if "scale" in tensor.rpartition(".")[2]}
     for tensor, kind in types.items():
-        if kind.startswith("F8") and "scale" not in tensor and tensor.rpartition(".")[0] not in scaled:
+        if "float8" in str(kind) and "scale" not in tensor and tensor.rpartition(".")[0] not in scaled:
             raise UserError(f"{name} is damaged: {tensor} is stored in FP8 without a scale; get it again")
+
+
+def _stored_types(file):
+    """{name: dtype} of the tensors in a safetensors file, which are mapped, not read."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        return {name: tensors.get_tensor(name).dtype for name in tensors.keys()}  # noqa: SIM118 (it is no dict)
 
 
 def _whole(model, dtype):
     """The weights of a model that was quantised, as `dtype` in one that never was. Raises UserError.
 
-    The one that was keeps of it what would be saved with it: conversions, scales, modules. Run where loading is
-    explained.
+    The one that was keeps of it what would be saved with it: conversions, scales, modules. What transformers loads in
+    fp32 whatever the dtype, as DeepSeek-V3's e_score_correction_bias, stays so. Run where loading is explained.
     """
     if model.is_quantized:
         model = model.dequantize(dtype)
-    whole, weights = _without_weights(model.config, dtype), model.state_dict()
+    whole, weights, made = _without_weights(model.config, dtype), model.state_dict(), {}
     for name, tensor in whole.state_dict().items():
         found = weights.get(name)
         if found is None or found.shape != tensor.shape or not found.is_floating_point() or found.itemsize < 2:
             kind = "missing" if found is None else f"{found.dtype} {tuple(found.shape)}"
             raise UserError(f"{type(model).__name__} cannot be trained: dequantised, its {name} is {kind}")
-    whole.load_state_dict({name: weights[name].to(t.dtype) for name, t in whole.state_dict().items()}, assign=True)
+        made[name] = found.to(torch.promote_types(found.dtype, dtype))
+    whole.load_state_dict(made, assign=True)
     whole.tie_weights()
     whole.generation_config = model.generation_config
     return whole.eval()
@@ -998,33 +1021,42 @@ def _compute_buffers(model, dtype):
             setattr(model.get_submodule(owner), own_name, buffer)
 
 
-def _make_savable(model):
-    """Mend a generation_config.json that transformers reads but refuses to save: say what was set and what left out.
+def _generation_config(name):
+    """The mended GenerationConfig of `name`'s generation_config.json; None if nothing is to mend, or it is damaged."""
+    file = source_file(name, "generation_config.json")
+    try:
+        return _mended(dict(_read_json(Path(file)))) if file else None
+    except (ValueError, TypeError):  # is said where settings are saved
+        return None
 
-    What takes sampling (a temperature) is meant to be sampled with, unless do_sample says no.
+
+def _mended(settings: dict):
+    """The GenerationConfig of `settings` without what names code or contradicts; None if all can stay.
+
+    Says what was set and what contradicts. What takes sampling (a temperature) is meant to be sampled with, unless
+    do_sample says no.
     """
-    config = model.generation_config
-    if config is None:
-        return
-    settings = {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"}
+    from transformers import GenerationConfig
+
+    given, settings = settings, {name: value for name, value in settings.items() if name not in CODE}
     if _can_be_saved(settings):
-        return
-    sampled = {"do_sample": True}
+        return None if settings == given else GenerationConfig(**settings)
     if "do_sample" not in settings and any(
-        _can_be_saved({name: value} | sampled) > _can_be_saved({name: value}) for name, value in settings.items()
+        _can_be_saved({name: value, "do_sample": True}) > _can_be_saved({name: value})
+        for name, value in settings.items()
     ):
-        settings = sampled | settings
+        settings["do_sample"] = True
     kept = {}
     for name in sorted(settings, key=lambda name: name not in ("do_sample", "num_beams")):  # what others need first
         if _can_be_saved(kept | {name: settings[name]}):
             kept[name] = settings[name]
-    model.generation_config = type(config)(**kept)
     left_out = ", ".join(sorted(settings.keys() - kept.keys()))
     print(
         "the model's generation_config.json contradicts itself, and is saved"
-        + " with do_sample true" * (kept.get("do_sample") is not config.do_sample)
+        + " with do_sample true" * ("do_sample" in kept and "do_sample" not in given)
         + f" without {left_out}" * bool(left_out)
     )
+    return GenerationConfig(**kept)
 
 
 def _can_be_saved(settings):
@@ -1032,7 +1064,7 @@ def _can_be_saved(settings):
 
     try:
         GenerationConfig(**settings).validate(strict=True)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError):  # of a value of another type
         return False
     return True
 
@@ -1132,7 +1164,8 @@ def choose_trained(model, trained):
         parts += [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
     for part in filter(None, parts):
         part.requires_grad_(True)
-    if skipping := [name for name, value in model.config.to_dict().items() if "layerdrop" in name and value]:
+    settings = model.config.get_text_config(decoder=True).to_dict()
+    if skipping := [name for name in ("layerdrop", "decoder_layerdrop") if settings.get(name)]:
         raise UserError(
             f"{type(model).__name__} is not supported while it skips layers at random: set {' and '.join(skipping)} to "
             "0 in its config.json"
@@ -2794,7 +2827,7 @@ def _first_failure():
 
 
 CODE = {"auto_map", "custom_pipelines"}  # settings that name Python files, which are neither run nor saved
-QUANTIZATION = {"quantization_config", "compression_config"}  # of weights that are whole now
+QUANTIZATION = {"quantization_config", "compression_config"}  # of weights that are whole now; the second has no reader
 OF_THE_SAVED = {"architectures", "dtype", "torch_dtype", "transformers_version"}  # whatever the source says
 # Of the source: what prepares pictures and prompts, and a vocabulary that converters read
 OTHER_SETTINGS = ("preprocessor_config", "video_preprocessor_config", "processor_config", "chat_template")
@@ -2839,7 +2872,7 @@ def save_model(folder: Path, model, tokenizer, source: Source, weights: dict | N
 
 
 def save_settings(folder: Path, config, tokenizer, source: Source) -> bool:
-    """Write configuration and tokenizer; return whether transformers 4 can read that configuration.
+    """Write configuration and tokenizer; return whether the configuration has the names of transformers 4 too.
 
     Not if 5 would then read another one, or none.
     """
@@ -2884,18 +2917,18 @@ def config_of_both(config, written: dict, source: dict) -> dict:
     """config.json's content for transformers 4.57 and 5: `written`, 5's own, with all that `source` has.
 
     config: the configuration, which was read from `source`. 5 writes RoPE as rope_parameters, which 4 does not read,
-    and other settings, as Qwen3-MoE's num_experts, by other names. What `source` says by the old names holds in both;
-    where 5 wrote it, they are made.
+    and other settings, as Qwen3-MoE's num_experts, by other names. If `source` has the names of 4 alone, they hold in
+    both; if 5 wrote it, they are made of what 5 reads.
     """
     if source.get("model_type", config.model_type) != config.model_type:  # the text's part of a model with pictures
         parts = [part for part in source.values() if isinstance(part, dict)]
         source = next((part for part in parts if part.get("model_type") == config.model_type), {})
     old = {}
     if "rope_parameters" in source:  # 5 wrote it
-        old = {name: source[new] for name, new in config.attribute_map.items() if new in source}
+        old = {name: written.get(new, source[new]) for name, new in config.attribute_map.items() if new in source}
         names = GPT_NEOX_ROPE if config.model_type.startswith("gpt_neox") else {}
-        old |= {names.get(name, name): value for name, value in rope_of_4(source["rope_parameters"] or {}).items()}
-    content = written | old | {k: v for k, v in source.items() if k not in OF_THE_SAVED and not k.startswith("_")}
+        old |= {names.get(name, name): value for name, value in rope_of_4(config.rope_parameters or {}).items()}
+    content = written | {k: v for k, v in source.items() if k not in OF_THE_SAVED and not k.startswith("_")} | old
     for name in config.sub_configs:
         if isinstance(written.get(name), dict) and isinstance(source.get(name), dict):
             content[name] = config_of_both(getattr(config, name), written[name], source[name])
@@ -2957,7 +2990,6 @@ def read_back(folder: Path, model, tokenizer, weights: dict | None = None) -> tu
 
 
 def _compare(folder, model, tokenizer, weights):
-    from safetensors import safe_open
     from transformers import AutoModelForCausalLM
     from transformers.integrations.accelerate import load_offloaded_parameter
 
@@ -2980,10 +3012,9 @@ def _compare(folder, model, tokenizer, weights):
     types, count, size = {tensor.dtype for tensor in own.values()}, 0, 0
     for file in folder.glob("*.safetensors"):  # what was loaded was converted to the type that the configuration names
         size += file.stat().st_size
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it is no dict)
-                count += 1
-                check(tensors.get_tensor(name).dtype in types, f"the type of {name}")
+        for name, kind in _stored_types(file).items():
+            count += 1
+            check(kind in types, f"the type of {name}")
     other = _other_setting(folder, model.config) or _other_reading(folder, tokenizer)
     check(not other, other)
     return count, size
@@ -3007,7 +3038,7 @@ def _other_reading(folder, tokenizer):
     from transformers import AutoTokenizer
 
     again = AutoTokenizer.from_pretrained(folder)
-    same = again(PROBE)["input_ids"] == tokenizer(PROBE)["input_ids"]
+    same = _probed(lambda text: again(text)["input_ids"]) == _probed(lambda text: tokenizer(text)["input_ids"])
     same &= again.special_tokens_map == tokenizer.special_tokens_map and again.chat_template == tokenizer.chat_template
     return None if same else "its tokenizer"
 

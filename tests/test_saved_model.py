@@ -79,7 +79,7 @@ def quantized_pair(folder, model, quantize, settings):
 
 
 def as_fp8_blocks(name, tensor, rows=16, columns=16):
-    if not name.endswith("proj.weight"):
+    if "_proj" not in name or not name.endswith("weight"):
         return {name: tensor.bfloat16()}, tensor.bfloat16().float()
     stored, scale, meant = fp8(tensor, rows, columns)
     return {name: stored, name + "_scale_inv": scale}, meant
@@ -113,11 +113,17 @@ def tiny(config_class, **changes):
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 32}
+DEEPSEEK = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+    "num_key_value_heads": 4, "head_dim": 16,
+}  # fmt: skip
 OSS = {"num_local_experts": 4, "num_experts_per_tok": 4, "sliding_window": 16}
 QUANTIZED = {
     "fp8, blocks": (lambda: make_model("qwen3"), as_fp8_blocks, FP8),
     "fp8, tensors": (lambda: make_model("llama-tied"), as_fp8_tensors, FP8 | {"activation_scheme": "static", "weight_block_size": None}),
     "fp8, experts": (lambda: tiny(transformers.Qwen3MoeConfig, **EXPERTS), as_fp8_blocks, FP8),
+    "fp8, a bias kept in fp32": (lambda: tiny(transformers.DeepseekV3Config, **DEEPSEEK), as_fp8_blocks, FP8),
     "mxfp4, experts": (lambda: tiny(transformers.GptOssConfig, **OSS), as_mxfp4, {"quant_method": "mxfp4"}),
 }  # fmt: skip
 
@@ -140,7 +146,9 @@ def test_quantized_weights_train_and_are_saved_as_the_whole_ones_that_they_mean(
     saved, expected = weights(runs / "quantized" / "model"), weights(runs / "plain" / "model")
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], expected[name]) for name in saved)
-    assert {tensor.dtype for tensor in saved.values()} == {dtype}
+    assert {name: tensor.dtype for name, tensor in saved.items()} == {
+        name: torch.float32 if name.endswith("e_score_correction_bias") else dtype for name in saved
+    }
     assert gold_nll(runs / "quantized") == gold_nll(runs / "plain")
     assert not common.QUANTIZATION & json.loads((runs / "quantized" / "model" / "config.json").read_text()).keys()
     assert commands.run(script, "--run-name", "again", *flags(runs / "quantized" / "model"), "--epochs", 0)[0] == 0
@@ -231,6 +239,9 @@ def test_a_scale_that_is_missing_or_not_announced_is_refused(script, commands, f
     name = "model.layers.1.mlp.up_proj.weight"
     quantized, _ = quantized_pair(tmp_path, make_model(), as_fp8_blocks, FP8)
     change_weights(quantized, lambda w: w.pop(name + "_scale_inv"))
+    (quantized / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "not-there.safetensors"}}'
+    )  # not read
     said = refused(commands, script, "--run-name", "x", *flags(quantized))
     assert f"is damaged: {name} is stored in FP8 without a scale" in said
     change_json(quantized / "config.json", quantization_config=...)
@@ -383,6 +394,20 @@ def test_the_configuration_has_the_names_of_both(name, writer, commands, flags, 
     tokenizer = json.loads((saved / "tokenizer_config.json").read_text())
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not {"backend", "is_local", "local_files_only"} & tokenizer.keys()
+
+
+def test_what_5_reads_holds_against_other_names_in_the_source(model_folder, tmp_path):
+    """As where a user changes one of two names, or leaves out what 5 takes for granted."""
+    model, saved = tmp_path / "model", tmp_path / "saved"
+    shutil.copytree(model_folder(), model)
+    change_json(model / "config.json", rope_parameters={"rope_theta": 5e5}, rope_theta=7e5, compression_config={"x": 1})
+    config, _ = common.read_config(str(model))
+    tokenizer, _ = common.load_tokenizer(str(model))
+    saved.mkdir()
+    assert common.save_settings(saved, config, tokenizer, common.Source.of(str(model)))
+    content = json.loads((saved / "config.json").read_text())
+    assert (content["rope_theta"], content["rope_scaling"]) == (5e5, None)
+    assert "compression_config" not in content
 
 
 @pytest.mark.parametrize(
@@ -548,6 +573,12 @@ GENERATION = {
         {"eos_token_id": 1, "temperature": 0.6, "do_sample": True},
         "contradicts itself, and is saved with do_sample true without early_stopping\n",
     ),
+    "what no setting would allow": (
+        {"eos_token_id": [1, 2], "max_new_tokens": -1, "compile_config": {"fullgraph": True}},
+        {"eos_token_id": [1, 2]},
+        "contradicts itself, and is saved without compile_config, max_new_tokens\n",
+    ),
+    "code": ({"eos_token_id": [1, 2], "auto_map": {"x": "y.Z"}}, {"eos_token_id": [1, 2]}, None),
     "sound": ({"eos_token_id": [1, 2], "do_sample": True, "temperature": 0.6}, {"eos_token_id": [1, 2], "do_sample": True, "temperature": 0.6}, None),
 }  # fmt: skip
 
@@ -594,19 +625,37 @@ def test_settings_and_files_of_the_source_are_kept_but_what_names_code(commands,
     assert json.loads((saved / "preprocessor_config.json").read_text()) == {"size": 28}
 
 
-def test_a_tokenizer_whose_class_misreads_its_file_is_read_as_the_file_says(commands, flags, tmp_path):
-    """As DeepSeek's distilled Llamas, whose texts lose all spaces in transformers 5's LlamaTokenizer."""
+MISREAD = {  # name in tokenizer_config.json: (class of transformers 5, tokenizer)
+    "LlamaTokenizerFast": ("LlamaTokenizer", make_tokenizer),
+    "GPT2TokenizerFast": ("GPT2Tokenizer", lambda: make_tokenizer(merge_across_words=True)),
+}
+
+
+@pytest.mark.parametrize("name", MISREAD)
+def test_a_tokenizer_whose_class_misreads_its_file_is_read_as_the_file_says(name, commands, flags, tmp_path):
+    """As DeepSeek's distilled Llamas, which lose all spaces so, and GPT-4o's, whose ids alone are others."""
     model, text = tmp_path / "model", "Someone sees it. he takes the drum home."
+    read_as, make = MISREAD[name]
     make_model().save_pretrained(model)
-    make_tokenizer().save_pretrained(model)
-    change_json(model / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
+    make().save_pretrained(model)
+    change_json(model / "tokenizer_config.json", tokenizer_class=name)
     ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(text).ids
     assert transformers.AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False)["input_ids"] != ids
     code, out, err = commands.run("finetune_lowmem", "--run-name", "x", *flags(model))
     assert code == 0, err
-    assert f"the tokenizer of {model} is read as its tokenizer.json says: LlamaTokenizer loses text" in out
+    assert f"the tokenizer of {model} is read as its tokenizer.json says, unlike {read_as} does" in out
     saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "runs" / "x" / "model")
     assert saved(text)["input_ids"] == ids
+
+
+def test_a_space_before_the_text_is_a_setting_not_a_misreading(model_folder, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(model_folder(), model)
+    change_json(model / "tokenizer_config.json", tokenizer_class="GPT2TokenizerFast", add_prefix_space=True)
+    tokenizer, _ = common.load_tokenizer(str(model))
+    assert tokenizer("He")["input_ids"] == tokenizer(" He")["input_ids"]
+    assert type(tokenizer).__name__ == "GPT2Tokenizer"
+    assert not capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -738,6 +787,7 @@ def test_layers_that_may_be_skipped_are_refused_by_name(script, commands, flags,
         "decoder_ffn_dim": 64,
         "decoder_attention_heads": 4,
         "decoder_layerdrop": 0.1,
+        "encoder_layerdrop": 0.1,  # of no encoder that is here
     }
     for config in (transformers.OPTConfig(**TINY | opt), transformers.BartConfig(**TINY | bart)):
         model, name = tmp_path / config.model_type, "layerdrop" if config.model_type == "opt" else "decoder_layerdrop"
