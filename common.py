@@ -2827,7 +2827,7 @@ def _first_failure():
 
 
 CODE = {"auto_map", "custom_pipelines"}  # settings that name Python files, which are neither run nor saved
-QUANTIZATION = {"quantization_config", "compression_config"}  # of weights that are whole now; the second has no reader
+QUANTIZATION = {"quantization_config", "compression_config"}  # of whole weights; only others read the second
 OF_THE_SAVED = {"architectures", "dtype", "torch_dtype", "transformers_version"}  # whatever the source says
 # Of the source: what prepares pictures and prompts, and a vocabulary that converters read
 OTHER_SETTINGS = ("preprocessor_config", "video_preprocessor_config", "processor_config", "chat_template")
