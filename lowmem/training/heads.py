@@ -1,0 +1,115 @@
+"""From hidden states to logits, and the proof that they are the model's own."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+from lowmem.training.batches import Batch
+from lowmem.training.errors import UserError
+
+MAX_LOGITS = 2**23  # that exist at once, of fp32: 32 MiB
+HEAD_PIECE_BYTES = 2**25  # of a head's weights that are worked on, or on the device, at a time
+
+
+class Head:
+    """What turns the last hidden state into logits: softcap(scale * hidden @ weight.T + bias).
+
+    `scale` covers Granite (1 / logits_scaling) and Cohere (logit_scale), `softcap` Gemma 2 (cap * tanh(x / cap)).
+    `check_head` compares it with the model's own logits, so that an architecture which does more is refused.
+    """
+
+    def __init__(self, network: torch.nn.Module):
+        layer, config = network.get_output_embeddings(), network.config.get_text_config()
+        if layer is None or network.base_model is network:
+            raise UserError(f"{type(network).__name__} is not supported: its language-model head cannot be found")
+        for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
+            if not isinstance(getattr(config, name, None), int | float | None):
+                raise UserError(
+                    f"the model's config.json is damaged: {name} is {getattr(config, name)!r}, not a number"
+                )
+        self.layer = layer
+        self.piece_rows = max(1, HEAD_PIECE_BYTES // (layer.weight.shape[1] * layer.weight.itemsize))
+        self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self.softcap = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[vocabulary, width]."""
+        return self.layer.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """[vocabulary], or None."""
+        return getattr(self.layer, "bias", None)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 [n, vocabulary] logits of hidden [n, width]."""
+        return self.piece_logits(hidden, self.weight, self.bias)
+
+    def piece_logits(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """fp32 [n, v] logits of hidden [n, width] for v rows of the head, their weight [v, width] and bias [v] or None.
+
+        Without autograd nothing is rounded to bf16 on the way.
+        """
+        hidden = hidden * self.scale
+        if not hidden.is_cuda or weight.dtype == torch.float32:
+            logits = hidden.float() @ weight.float().T
+        elif torch.is_grad_enabled():
+            logits = (hidden @ weight.T).float()
+        else:
+            logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        if bias is not None:
+            logits = logits + bias.float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def weight_pieces(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
+        """Yield (slice of the vocabulary, its `piece_rows` rows of the weight, theirs of the bias or None)."""
+        for start in range(0, len(self.weight), self.piece_rows):
+            piece = slice(start, min(start + self.piece_rows, len(self.weight)))
+            yield piece, self.weight[piece], None if self.bias is None else self.bias[piece]
+
+    def blocks(self, *tensors: torch.Tensor, rows: int | None = None) -> list[tuple[torch.Tensor, ...]]:
+        """The tensors [n, ...] in blocks of few logits, of `rows` rows of the head if not of all."""
+        size = max(1, MAX_LOGITS // (rows or self.weight.shape[0]))
+        return [tensor.split(size) for tensor in tensors]
+
+    def log_probs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """fp32 [n]: log-probability of targets [n] after hidden [n, width]."""
+        blocks = zip(*self.blocks(hidden, targets), strict=True)
+        return torch.cat([-F.cross_entropy(self.logits(h), t, reduction="none") for h, t in blocks])
+
+
+def check_head(
+    network: torch.nn.Module, head: Head, batch: Batch, losses: dict[str, Callable[[torch.Tensor], torch.Tensor]]
+) -> None:
+    """Refuse an architecture whose own loss differs from ours on one small batch. Raises UserError.
+
+    losses: {name: function(hidden [n, width]) -> mean loss of the batch's n targets}. Checked with the head's input as
+    it is, and scaled up until the largest logit is near 50, where a soft-capping or scaling that we missed cannot hide
+    behind the small logits of an untrained model. Tolerance 0.5 %, or what rounding to bf16 does to the loss of a
+    single target: its logit and the largest one are off by up to 1/256 of the largest each.
+    """
+    name, was_training, gain = type(network).__name__, network.training, [1.0]
+    network.eval()
+    handle = head.layer.register_forward_pre_hook(lambda module, args: (args[0] * gain[0],))
+    try:
+        hidden = network.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1)[batch.positions]
+        for gain[0] in (1.0, 50 / max(head.logits(hidden).abs().max().item(), 1e-6)):
+            logits = network(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)[batch.positions]
+            own, largest = F.cross_entropy(logits.float(), batch.targets).item(), logits.abs().max().item()
+            if not math.isfinite(own):
+                raise UserError(f"the model's own loss is {own}: its weights are damaged or too large; get it again")
+            for what, loss in losses.items():
+                ours = loss(hidden * gain[0]).item()
+                if not abs(ours - own) <= max(0.005, 0.005 * own, largest / 128):
+                    raise UserError(
+                        f"{name} is not supported: {what} gives a loss of {ours:.4f} where the model's own is "
+                        f"{own:.4f} (head input times {gain[0]:.3g}); its head does more than scale, multiply, add and "
+                        "soft-cap"
+                    )
+    finally:
+        handle.remove()
+        network.train(was_training)

@@ -1,0 +1,243 @@
+"""A causal LM to train: what of it trains, its hidden states and log-probabilities, its checks."""
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+from lowmem.training import heads, memory, parallel, source, weights
+from lowmem.training.batches import Batch, Data
+from lowmem.training.errors import UserError, refuse_what_fails
+
+
+@dataclass
+class CausalLM:
+    """A causal LM of transformers, its head, its trained parameters by name, and the context of each forward pass."""
+
+    network: torch.nn.Module
+    head: heads.Head
+    trained: dict[str, torch.nn.Parameter]
+    precision: Callable[[], AbstractContextManager]
+
+    @property
+    def name(self) -> str:
+        """The architecture's."""
+        return type(self.network).__name__
+
+    @property
+    def layers(self) -> torch.nn.ModuleList:
+        """The decoder layers."""
+        return decoder_layers(self.network)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Their number."""
+        return sum(p.numel() for p in self.trained.values())
+
+    @property
+    def total_parameters(self) -> int:
+        """Their number."""
+        return sum(p.numel() for p in self.network.parameters())
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """[rows, length, vocabulary], as the model itself makes them."""
+        with self.precision():
+            return self.network(input_ids=batch.ids, use_cache=False).logits
+
+    def hidden_states(self, batch: Batch) -> torch.Tensor:
+        """[n, width]: the last hidden state at the positions that predict the batch's n targets."""
+        with self.precision():
+            hidden = self.network.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)[batch.positions]
+
+    def log_probs(self, batch: Batch) -> torch.Tensor:
+        """fp32 [n]: log-probability of each target of the batch; logits are made for them only, in blocks."""
+        log_probs = self.head.log_probs(self.hidden_states(batch), batch.targets)
+        parallel.reshard(self.network)
+        return log_probs
+
+    def check(self, data: Data, **losses: Callable[..., torch.Tensor]) -> None:
+        """Refuse a model that is not causal, or whose own loss differs from evaluation's or from any of `losses`.
+
+        losses: functions (head, hidden [n, width], targets [n], weights [n]) -> loss. Raises UserError.
+        """
+        batch = data.small().to(next(iter(self.trained.values())).device)
+        check_causal(self, data, batch)
+        of_hidden = {"evaluation": lambda hidden: -self.head.log_probs(hidden, batch.targets).mean()}
+        for name, loss in losses.items():
+            of_hidden[name.replace("_", " ")] = lambda hidden, loss=loss: loss(
+                self.head, hidden, batch.targets, batch.weights
+            )
+        with torch.no_grad(), self.precision():
+            heads.check_head(self.network, self.head, batch, of_hidden)
+
+    def uses_rng_in_forward(self, batch: Batch) -> bool:
+        """Whether a training pass draws random numbers (dropout, noise), by the random state before and after one."""
+
+        def state():
+            return torch.cuda.get_rng_state() if batch.ids.is_cuda else torch.get_rng_state()
+
+        was_training, before = self.network.training, state()
+        with torch.no_grad(), self.precision():
+            self.network.train().base_model(input_ids=batch.ids, use_cache=False)
+        self.network.train(was_training)
+        return not torch.equal(before, state())
+
+
+def load(name: str, dtype: torch.dtype, trained: str, precision: Callable[[], AbstractContextManager]) -> CausalLM:
+    """The causal LM `name` (hub id or folder) with weights of `dtype`, in host memory. Raises UserError.
+
+    trained: see `choose_trained`.
+    """
+    network = weights.load(name, dtype)
+    chosen = choose_trained(network, trained)
+    return CausalLM(network, heads.Head(network), chosen, precision)
+
+
+def require_host_memory(name: str, dtype: torch.dtype) -> None:
+    """Raise UserError if the weights of `name`, as `dtype`, do not fit into the host's free memory."""
+    if parallel.world_size() == 1:  # of several ranks, each reads and converts its part
+        network, _ = source.empty_model(name, dtype)
+        memory.require_host_memory(memory.size_in_bytes(network.parameters()), f"{name} in {dtype}")
+
+
+def decoder_layers(network: torch.nn.Module) -> torch.nn.ModuleList:
+    """The decoder layers. Raises UserError if the architecture has none that can be found.
+
+    Of a model of pictures and text those of the text: `get_decoder` leads past the other towers.
+    """
+    depth = network.config.get_text_config().num_hidden_layers
+    for module in [*network.get_decoder().modules(), *network.base_model.modules()]:
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return module
+    raise UserError(f"{type(network).__name__} is not supported: its decoder layers cannot be found")
+
+
+def choose_trained(network: torch.nn.Module, trained: str) -> dict[str, torch.nn.Parameter]:
+    """{name: parameter} of what --trained ("layers" or "all") means, a tied weight once; sets requires_grad.
+
+    All are those that text reaches: not a tower for pictures. Raises UserError.
+    """
+    network.requires_grad_(False)
+    parts = [decoder_layers(network)]
+    if trained == "all":
+        parts += [network.get_decoder(), network.get_input_embeddings(), network.get_output_embeddings()]
+    for part in filter(None, parts):
+        part.requires_grad_(True)
+    settings, architecture = network.config.get_text_config(decoder=True).to_dict(), type(network).__name__
+    if skipping := [setting for setting in ("layerdrop", "decoder_layerdrop") if settings.get(setting)]:
+        raise UserError(
+            f"{architecture} is not supported while it skips layers at random: set {' and '.join(skipping)} to 0 in "
+            "its config.json"
+        )
+    chosen = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if not chosen:
+        raise UserError(f"{architecture} has no decoder layers, so there is nothing to train")
+    return chosen
+
+
+class Checkpointed:
+    """A decoder layer whose call runs again in backward, hooks included, instead of keeping activations.
+
+    The hooks bring weights: FSDP2's, and those of layers that stream. transformers leaves them out from 5.23 on.
+    """
+
+    def __call__(self, *args, **kwargs):
+        if not (self.training and torch.is_grad_enabled()):
+            return super().__call__(*args, **kwargs)
+        return checkpoint(super().__call__, *args, use_reentrant=False, **self.checkpoint_options, **kwargs)
+
+
+@functools.cache
+def _checkpointed(layer_class):  # one class for all layers of a kind, or each would be compiled anew
+    return type(layer_class.__name__, (Checkpointed, layer_class), {})
+
+
+def checkpoint_activations(network: torch.nn.Module, **options) -> None:
+    """Turn on gradient checkpointing of each decoder layer (Chen et al. 2016), and training mode. Raises UserError.
+
+    options: of torch.utils.checkpoint. May be called again, with others.
+    """
+    if not network.supports_gradient_checkpointing:
+        raise UserError(f"{type(network).__name__} is not supported: it does not allow gradient checkpointing")
+    layers = decoder_layers(network)
+    if not any(isinstance(layer, Checkpointed) for layer in layers):
+        network.enable_input_require_grads()  # so that the first layer has a graph as the others
+    for layer in layers:
+        if not isinstance(layer, Checkpointed):
+            layer.__class__ = _checkpointed(type(layer))
+        layer.checkpoint_options = options
+    network.train()
+
+
+def check_causal(lm: CausalLM, data: Data, batch: Batch) -> None:
+    """Refuse a model that does not take the data's ids, whose decoder layers do not all run on them, or in which a
+    position sees later ones and so its answer. Raises UserError.
+
+    Training and evaluation pad on the right without a mask, which causality alone makes right.
+    """
+    network, largest = lm.network, data.largest_id()
+    size, half, was_training = network.get_input_embeddings().num_embeddings, batch.ids.shape[1] // 2, network.training
+    if largest >= size:
+        raise UserError(
+            f"the tokenizer gives ids up to {largest} where {lm.name} knows {size}: they do not belong together"
+        )
+    changed = batch.ids.clone()
+    changed[:, half:] = (changed[:, half:] + 1) % size
+    idle = set(lm.layers)
+    handles = [layer.register_forward_pre_hook(lambda layer, *_: idle.discard(layer)) for layer in idle]
+    network.eval()
+    with refuse_what_fails(network), torch.no_grad(), lm.precision():
+        before, after = (
+            network.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :half].float()
+            for ids in (batch.ids, changed)
+        )
+        network.train().base_model(input_ids=batch.ids, use_cache=False)  # dropout may fail
+    network.train(was_training)
+    for handle in handles:
+        handle.remove()
+    if idle:
+        raise UserError(f"{lm.name} is not supported: what is taken for its decoder layers does not all run on text")
+    # equal shapes run the same kernels; 1 % leaves room for those whose sums run in another order
+    if (before - after).norm() > 0.01 * before.norm():
+        raise UserError(f"{lm.name} is not supported: it is not causal, a token changes what comes before it")
+
+
+class Fp32Products(TorchFunctionMode):
+    """Matrix products of bf16 tensors in fp32, results in bf16 again.
+
+    For CPUs: without bf16 instructions torch's bf16 products run at 1 to 20 GFLOP/s on two cores where fp32 ones run at
+    50 to 130 (EPYC of the Zen 3 family, torch 2.13). Weights and activations stay bf16.
+    """
+
+    PRODUCTS = {
+        F.linear,
+        F.scaled_dot_product_attention,
+        torch.matmul,
+        torch.Tensor.matmul,
+        torch.Tensor.__matmul__,
+        torch.bmm,
+        torch.Tensor.bmm,
+        torch.baddbmm,
+        torch.Tensor.baddbmm,
+        torch.addmm,
+        torch.mm,
+        torch.Tensor.mm,
+    }
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func not in self.PRODUCTS or not any(_is_bf16(x) for x in (*args, *kwargs.values())):
+            return func(*args, **kwargs)
+        args = [x.float() if _is_bf16(x) else x for x in args]
+        kwargs = {name: x.float() if _is_bf16(x) else x for name, x in kwargs.items()}
+        return func(*args, **kwargs).bfloat16()
+
+
+def _is_bf16(x):
+    return torch.is_tensor(x) and x.dtype == torch.bfloat16

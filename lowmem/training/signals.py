@@ -1,0 +1,85 @@
+"""What SIGINT and SIGTERM do while a run is under way: no step, its checkpoint included, is cut in two."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+import torch.distributed as dist
+
+from lowmem.training import parallel
+from lowmem.training.errors import Interrupted
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
+# `timeout` sends its signal to the process and to its group, a scheduler to all processes, of which torchrun passes its
+# own on: within so many seconds nobody is asking twice
+GRACE_SECONDS = 3
+
+
+class Signals:
+    """In this context the first signal raises Interrupted at once or, within `hold()`, when `raise_if_any` is called.
+
+    A second one, after the grace period, ends the process on the spot. `number`: the signal that has come, or None.
+    """
+
+    def __init__(self):
+        self.number, self.held = None, False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._received) for number in NUMBERS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _received(self, number, frame):
+        if self.number:
+            if time.monotonic() > self.time + GRACE_SECONDS:
+                os._exit(128 + number)
+            return
+        self.number, self.time = number, time.monotonic()
+        if not self.held:
+            raise Interrupted(number)
+        if parallel.rank() == 0:
+            with suppress(OSError):  # print may be what it cut short
+                os.write(
+                    2, f"\nstopping after this step, once it is saved; again in {GRACE_SECONDS} s: at once\n".encode()
+                )
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """In this context a signal waits for `raise_if_any`."""
+        self.held = True
+        try:
+            yield
+        finally:
+            self.held = False
+
+    def raise_if_any(self) -> None:
+        """Raise Interrupted if a signal has come."""
+        if self.number:
+            raise Interrupted(self.number)
+
+
+class SignalOnAnyRank:
+    """Whether a signal has come to any rank, with one answer for all: asked at one call, answered at the next."""
+
+    def __init__(self, signals: Signals):
+        self.signals, self.asked = signals, None
+
+    def __call__(self) -> bool:
+        signals = self.signals
+        if parallel.world_size() == 1:
+            return signals.number is not None
+        if self.asked:
+            work, found = self.asked
+            work.wait()
+            if found.item():
+                signals.number, signals.time = signals.number or found.item(), time.monotonic()
+                return True
+        found = torch.tensor(signals.number or 0)
+        self.asked = dist.all_reduce(found, dist.ReduceOp.MAX, async_op=True), found
+        return False
