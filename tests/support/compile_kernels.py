@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for GPUs that are not there. python tests/compile_kernels.py 80 86 89
+"""Compile the Triton kernels for GPUs that are not there. python tests/support/compile_kernels.py 80 86 89
 
 Prints each kernel's architecture, name and bytes of shared memory. Needs Triton, with its own assembler, and no GPU.
 """
@@ -10,32 +10,31 @@ from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import common
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from lowmem import adafactor_kernels, streaming
 
 KERNELS = {  # as `fused_adafactor_update` and `rows_from_host` launch them on bf16 weights
-    "_square_sums": {"HEIGHT": 64, "WIDTH": 64},
-    "_running_means": {"BLOCK": 32},
-    "_norms": {"HEIGHT": 16, "WIDTH": 256},
-    "_step": {"STOCHASTIC": True, "HEIGHT": 2, "WIDTH": 512},
-    "_vector_sums": {"BLOCK": 2**13},
-    "_vector_step": {"STOCHASTIC": True, "BLOCK": 2**13},
-    "_copy_rows": {"BLOCK": 1024},
+    adafactor_kernels._square_sums: {"HEIGHT": 64, "WIDTH": 64},
+    adafactor_kernels._running_means: {"BLOCK": 32},
+    adafactor_kernels._norms: {"HEIGHT": 16, "WIDTH": 256},
+    adafactor_kernels._step: {"STOCHASTIC": True, "HEIGHT": 2, "WIDTH": 512},
+    adafactor_kernels._vector_sums: {"BLOCK": 2**13},
+    adafactor_kernels._vector_step: {"STOCHASTIC": True, "BLOCK": 2**13},
+    streaming._copy_rows: {"BLOCK": 1024},
 }
 TYPES = {
-    "i32": ["R", "C", "n", "whole", "width", *common._COUNTS],
+    "i32": ["R", "C", "n", "rows_in_all", "width", *adafactor_kernels._NOT_SPECIALIZED],
     "fp32": ["divisor", "beta2_rest", "tiny", "least_norm"],
 }
-TYPES |= {"*bf16": ["p", "g", "table", "out"], "*i32": ["count"], "*i64": ["skipped", "ids"]}
+TYPES |= {"*bf16": ["p", "g", "table", "out"], "*i32": ["update_index"], "*i64": ["skipped", "ids"]}
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names}
 
 for capability in map(int, sys.argv[1:]):
-    for name, constants in KERNELS.items():
-        kernel = getattr(common, name)
+    for kernel, constants in KERNELS.items():
         names = list(inspect.signature(kernel.fn).parameters)
         types = {n: "constexpr" if n in constants else TYPE_OF.get(n, "*fp32") for n in names}
         source = ASTSource(kernel, types, constexprs={(names.index(n),): value for n, value in constants.items()})
         compiled = compile(source, target=GPUTarget("cuda", capability, 32))
         assert f".target sm_{capability}" in compiled.asm["ptx"]
         assert compiled.asm["cubin"]
-        print(f"sm_{capability}", name, compiled.metadata.shared)
+        print(f"sm_{capability}", kernel.fn.__name__, compiled.metadata.shared)

@@ -15,28 +15,31 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def after_each_step(code):
     """Code for `first`: `code`, one line, runs after each training step; it sees torch, the `run` and the `step`."""
     return (
-        "import common, torch\n"
-        "plain = common.Run.after_step\n"
+        "import torch\n"
+        "from lowmem.training.run import Run\n"
+        "plain = Run.after_step\n"
         "def after_step(run, *args):\n"
         "    plain(run, *args)\n"
         "    step = run.progress['step']\n"
         f"    {code}\n"
-        "common.Run.after_step = after_step"
+        "Run.after_step = after_step"
     )
 
 
 class Commands:
     """The server's side in the tests' process."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, gpu=False):
         self.folder, self.count = Path(folder), 0
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        # the server itself must not start CUDA, which does not survive a fork: NVML can say whether there is a GPU
+        where = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | where | {"HF_HUB_OFFLINE": "1"}
         environment.pop("TRITON_INTERPRET", None)
         self.server = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -111,7 +114,7 @@ def serve():
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
-    import common  # noqa: F401
+    import finetune_lowmem  # noqa: F401
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
