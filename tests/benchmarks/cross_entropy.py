@@ -1,9 +1,9 @@
-"""finetune_lowmem.py's linear cross entropy against cut-cross-entropy 25.1.1 (pip install cut-cross-entropy==25.1.1).
+"""The two choices of --cross_entropy: ours (fp32) and cut-cross-entropy's (cut).
 
     python tests/benchmarks/cross_entropy.py    # error, time and memory of both, on a GPU
 
-Of cut-cross-entropy every position's gradient is used (filter_eps=None). It adds up that of the hidden states in their
-own type, bf16, one block of the vocabulary after the other, in the order in which the blocks come.
+Of cut-cross-entropy every position's gradient is used. It adds up that of the hidden states in their own type, bf16, one
+block of the vocabulary after the other, in the order in which the blocks come.
 """
 
 import statistics
@@ -15,16 +15,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import common
-import finetune_lowmem
-
-
-def cut_cross_entropy_loss(head, hidden, targets, weights):
-    """`finetune_lowmem.target_loss` by cut-cross-entropy's kernels."""
-    from cut_cross_entropy.cce import CCEParams, linear_cross_entropy_apply
-
-    params = CCEParams(targets, None, head.softcap, "none", filter_eps=None, shift=False, batch_shape=targets.shape)
-    return (linear_cross_entropy_apply(hidden * head.scale, head.weight, params) * weights).sum()
+from finetune_lowmem import CROSS_ENTROPY
+from lowmem.training.heads import Head
 
 
 def milliseconds(function):
@@ -47,7 +39,7 @@ def measure(loss, hidden, weight, targets, upstream, truth):
     layer = SimpleNamespace(weight=weight, bias=None)
     model = SimpleNamespace(get_output_embeddings=lambda: layer, base_model=None, config=SimpleNamespace())
     model.config.get_text_config = lambda: model.config
-    head = common.Head(model)
+    head = Head(model)
 
     def run():
         x.grad = None
@@ -71,7 +63,6 @@ def measure(loss, hidden, weight, targets, upstream, truth):
 
 def compare():
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    losses = {"ours": finetune_lowmem.target_loss, "cut-cross-entropy": cut_cross_entropy_loss}
     for name, vocabulary, width in [("SmolLM2-135M", 49152, 576), ("1B", 128256, 2048), ("8B", 128256, 4096)]:
         torch.manual_seed(0)
         targets, upstream = torch.randint(vocabulary, (268,), device="cuda"), torch.full((268,), 1 / 268, device="cuda")
@@ -81,10 +72,10 @@ def compare():
         slopes[torch.arange(268), targets] -= 1
         truth = slopes / 268 @ weight.double()
         del slopes
-        for method, loss in losses.items():
+        for method, loss in CROSS_ENTROPY.items():
             error, eager, graph, mib = measure(loss, hidden, weight, targets, upstream, truth)
             print(
-                f"{name:<14}{method:<19} gradient off by {100 * error:.2f} %  {eager:.2f} ms, as a graph {graph:.2f} ms  "
+                f"{name:<14}{method:<6} gradient off by {100 * error:.2f} %  {eager:.2f} ms, as a graph {graph:.2f} ms  "
                 f"{mib:.0f} MiB"
             )
 

@@ -26,7 +26,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import common
+from lowmem import adafactor, cuda_graphs
+from lowmem.training import checkpoint, weights
+from lowmem.training.memory import GIB
+from lowmem.training.run import Run
 
 LLAMA = {
     "vocab_size": 128256, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -56,6 +59,7 @@ CASES = {
     "low-memory 1B, --no_compile, other rounding noise": ("finetune_lowmem", "1B", ["--no_compile"], (16, 64, 0), None),
     "low-memory 1B, --trained all": ("finetune_lowmem", "1B", ["--trained", "all"], (128, 64, 64), None),
     "FP32 Adam 1B": ("finetune_base", "1B", [], (16, 48, 16), None),
+    "low-memory 1B, not compiled, cut": ("finetune_lowmem", "1B", ["--cross_entropy", "cut"], (128, 128, 64), None),
     "low-memory 8B": ("finetune_lowmem", "8B", [], (128, 64, 64), 15.5),
     "low-memory 8B, not compiled": ("finetune_lowmem", "8B", [], (128, 64, 64), 15.5),
     "low-memory 8B, --no_compile": ("finetune_lowmem", "8B", ["--no_compile"], (16, 48, 16), 15.5),
@@ -83,7 +87,7 @@ REAL_MODEL_CASES = {  # with the demo's SmolLM2, read from --tokenizer
     for name, (script, flags) in METHODS.items()
 }
 
-UPDATE_KERNELS = ["_square_sums", "_running_means", "_norms", "_step", "_vector_sums", "_vector_step"]  # of common
+UPDATE_KERNELS = ["_square_sums", "_running_means", "_norms", "_step", "_vector_sums", "_vector_step"]
 ALL_CASES = CASES | BUDGETS | REAL_MODEL_CASES
 YARDSTICKS = {  # whose losses are compared with whose
     "low-memory 1B": "low-memory 1B, --no_compile",
@@ -120,7 +124,7 @@ def meta_model(name, dtype):
 
 
 def random_model(name, dtype):
-    """Stands in for common.load_model: random weights in host memory, made on the GPU in parts of 64 MiB."""
+    """Stands in for weights.load: random weights in host memory, made on the GPU in parts of 64 MiB."""
     model, made = meta_model(name, dtype), {}
     for module in model.modules():
         for key, p in module._parameters.items():
@@ -153,44 +157,35 @@ def machine():
 
 def device_gib():
     free, total = torch.cuda.mem_get_info()
-    return (total - free) / common.GIB
+    return (total - free) / GIB
 
 
 class Stopwatch:
     """Wraps Run.after_step: times the middle steps of a run and profiles the last."""
 
-    def __init__(self, before, timed, profiled, seconds_of_copies=None):
-        self.seconds_of_copies, self.copies = seconds_of_copies, []
+    def __init__(self, before, timed, profiled):
         self.first, self.last, self.profiled = before, before + timed, profiled
         self.stamps, self.losses, self.kernels, self.context, self.longest = [], [], {}, None, 0
-        self.plain, common.Run.after_step = common.Run.after_step, lambda run, *args: self.step(run, *args)
+        self.plain, Run.after_step = Run.after_step, lambda run, loss: self.step(run, loss)
 
-    def step(self, run, loss, batch):
-        self.plain(run, loss, batch)
+    def step(self, run, loss):
+        self.plain(run, loss)
         self.losses.append(loss)
-        self.longest = max(self.longest, batch.ids.shape[1])
+        self.longest, self.lm = max(self.longest, run.batch.ids.shape[1]), run.lm
         step = run.progress["step"]
         if step in (self.first, self.last):
             torch.cuda.synchronize()
-            if step == self.first:
-                self._try_copies()
             self.stamps.append((time.perf_counter(), run.progress["rows"], run.progress["tokens"]))
-            if step == self.last:
-                self._try_copies()
         if step == self.last and self.profiled:
             self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             self.profiler.__enter__()
         if step == self.last + self.profiled and self.profiled:
             torch.cuda.synchronize()
-            self.context = device_gib() - torch.cuda.memory_reserved() / common.GIB
+            self.context = device_gib() - torch.cuda.memory_reserved() / GIB
             self.profiler.__exit__(None, None, None)
-            self.updated = sum(p.numel() for p in run.trained.values())
+            self.updated = sum(p.numel() for p in run.lm.trained.values())
             for event in self.profiler.key_averages():
                 self.kernels[event.key] = (event.device_time_total / 1000 / self.profiled, event.count / self.profiled)
-
-    def _try_copies(self):
-        if self.seconds_of_copies and (seconds := sum(self.seconds_of_copies())):
-            self.copies.append(seconds)
 
     def result(self):
         (start, rows, tokens), (end, rows_after, tokens_after) = self.stamps
@@ -201,9 +196,6 @@ class Stopwatch:
             "ms_per_step": 1000 * seconds / steps,
             "losses": [round(loss.item(), 4) for loss in self.losses],
         }
-        if self.copies:  # tried before and after the timed steps
-            found["copy_seconds"] = self.copies
-            found["copy_share"] = 1000 * statistics.mean(self.copies) / found["ms_per_step"]
         if self.kernels:
             busy = sum(ms for ms, _ in self.kernels.values())
             update = sum(self.kernels.get(name, (0, 0))[0] for name in UPDATE_KERNELS)
@@ -232,7 +224,7 @@ def activations_gib(config, rows, length):
     kept = config.num_hidden_layers * config.hidden_size
     keys = config.hidden_size * config.num_key_value_heads // heads
     inside = 2 * (config.hidden_size + keys) + keys + 5 * config.hidden_size + 5 * config.intermediate_size
-    return 2 * tokens * (kept + inside) / common.GIB
+    return 2 * tokens * (kept + inside) / GIB
 
 
 def ledger(summary, config, length, context, buffers):
@@ -258,34 +250,23 @@ def worker(name, args):
     """Run one case in this process; print its result as the last line."""
     script, shape, flags, (before, timed, profiled), card = ALL_CASES[name]
     module = __import__(script)
-    placed = []
-    seconds_of_copies = lambda: module.seconds_of_copies(placed[-1].layers, placed[-1].head)  # noqa: E731
-    stopwatch = Stopwatch(before, timed, profiled, seconds_of_copies if name in BUDGETS else None)
-    common.save_checkpoint = lambda *args: None
-    if script == "finetune_lowmem":
-        place = module.place
-
-        def last_placed(*args):
-            placed.clear()  # what is not held any more is freed
-            placed.append(place(*args))
-            return placed[0]
-
-        module.place = last_placed
-        module.GRAPHS_PAY = 0  # as in a run of 65 steps or more
-        plain = "not compiled" in name or name in BUDGETS  # otherwise as in a run of 8,000 steps or more
-        module.COMPILING_PAYS = 10**9 if plain else 0
+    stopwatch = Stopwatch(before, timed, profiled)
+    checkpoint.save = lambda *args: None
+    cuda_graphs.GRAPHS_PAY_STEPS = 0  # as in a run of 65 steps or more
+    plain = "not compiled" in name or name in BUDGETS  # otherwise as in a run of 8,000 steps or more
+    cuda_graphs.COMPILING_PAYS_STEPS = 10**9 if plain else 0
     other = {"fused": False} if "eager update" in name else {}
     other |= {"seed": 1} if "other rounding noise" in name else {}
 
-    class Adafactor(common.Adafactor):
+    class Adafactor(adafactor.Adafactor):
         def __init__(self, *args, **options):
             super().__init__(*args, **options | other)
 
-    common.Adafactor = Adafactor
+    module.Adafactor = Adafactor
     with tempfile.TemporaryDirectory() as folder:
         model = args.tokenizer
         if shape:
-            common.load_model, model = random_model, f"{folder}/model"
+            weights.load, model = random_model, f"{folder}/model"
             make_folder(shape, args.tokenizer, Path(model))
         argv = ["--run-name", "x", "--output_dir", folder, "--model", str(model), "--dataset", args.dataset]
         argv += [
@@ -317,8 +298,8 @@ def worker(name, args):
     if stopwatch.context is not None and script == "finetune_lowmem":
         from transformers import LlamaConfig
 
-        buffers = getattr(placed[-1].head, "buffers", None)
-        buffers = 0 if buffers is None else buffers.nbytes / common.GIB
+        buffers = getattr(stopwatch.lm.head, "buffers", None)
+        buffers = 0 if buffers is None else buffers.nbytes / GIB
         config = LlamaConfig(**SHAPES[shape])
         result["ledger_gib"] = ledger(summary, config, stopwatch.longest, stopwatch.context, buffers)
     print("\n" + json.dumps(result))
@@ -345,7 +326,7 @@ def update_bandwidth():
         # several tensors in turn, 400 MB of them, so that the cache of 50 MB does not hold them from update to update
         count = max(2, 10**8 // (shape[0] * shape[1]))
         params = [torch.nn.Parameter(torch.randn(shape, device="cuda").bfloat16()) for _ in range(count)]
-        optimizer = common.Adafactor(params, lr=1e-4)
+        optimizer = adafactor.Adafactor(params, lr=1e-4)
         for p in params:
             p.grad = torch.randn_like(p)
         with torch.cuda.stream(torch.cuda.Stream()):
@@ -421,7 +402,7 @@ def main():
         print(kernels, flush=True)
         out.write_text(json.dumps(found, indent=1))
     print(
-        f"{'':48}{'batch':>6}{'allocated':>10}{'reserved':>9}{'device':>8}{'(eval)':>8}{'rows/s':>8}{'ms/step':>8}{'busy':>7}{'ratio':>6}{'first':>6}{'planned':>8}{'ms':>7}{'copy':>6}"
+        f"{'':48}{'batch':>6}{'allocated':>10}{'reserved':>9}{'device':>8}{'(eval)':>8}{'rows/s':>8}{'ms/step':>8}{'busy':>7}{'ratio':>6}{'first':>6}{'planned':>8}"
     )
     for case in [name for name in args.only if name != "kernels"]:
         began = time.perf_counter()
@@ -436,9 +417,9 @@ def main():
             continue
         r = json.loads(done.stdout.splitlines()[-1]) | {"whole_run_seconds": time.perf_counter() - began}
         if said := re.search(
-            r"(\d+) of \d+ decoder layers on the GPU.*predicted peak ([\d.]+).*about ([\d.]+) s", done.stdout
+            r"(\d+) of \d+ decoder layers on the GPU.*predicted peak ([\d.]+)", done.stdout, re.DOTALL
         ):
-            r |= {"layers_on_gpu": int(said[1]), "predicted_gib": float(said[2]), "predicted_seconds": float(said[3])}
+            r |= {"layers_on_gpu": int(said[1]), "predicted_gib": float(said[2])}
         found["cases"] = [c for c in found["cases"] if c["case"] != case] + [r]
         out.write_text(json.dumps(found, indent=1))
         train, evaluation = r["memory_gib"]["train"], r["memory_gib"]["eval"]
@@ -446,7 +427,7 @@ def main():
             f"{case:<48}{r['batch_size']:>6}{train['allocated']:>10.2f}{train['reserved']:>9.2f}{train['device']:>8.2f}"
             f"{evaluation['device']:>8.2f}{r['rows_per_second']:>8.1f}{r['ms_per_step']:>8.1f}{r.get('busy_ms_per_step', 0):>7.1f}"
             f"{r.get('wall_over_busy', 0):>6.2f}{r['seconds_to_first_step']:>6.0f}"
-            f"{r.get('predicted_gib', 0):>8.2f}{1000 * r.get('predicted_seconds', 0):>7.1f}{r.get('copy_share', 0):>6.2f}",
+            f"{r.get('predicted_gib', 0):>8.2f}",
             flush=True,
         )
     print(*loss_differences(found["cases"]), *update_shares(found), sep="\n")

@@ -17,6 +17,9 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import common
+from lowmem.training import demo, records, tokenizing
+from lowmem.training.heads import Head
+from lowmem.training.models import CausalLM
 
 
 def harness_results(model, tokenizer, rows):
@@ -50,23 +53,23 @@ def main():
     args = parser.parse_args()
     from transformers import AutoModelForCausalLM
 
-    folder = common.cache_folder()
-    data = argparse.Namespace(dataset=str(folder / common.DEMO_DATASET), train_rows=None, eval_rows=args.rows)
-    rows = common.load_rows(data, "validation")
-    tokenizer, limit = common.load_tokenizer(str(folder / common.DEMO_MODEL))
-    model = AutoModelForCausalLM.from_pretrained(folder / common.DEMO_MODEL, dtype=torch.float32).eval()
-    prepared = common.evaluation_rows(rows, tokenizer, limit)
-    head = common.Head(model)
-    log_probs_of = lambda batch: common.target_log_probs(model, head, batch, torch.no_grad)  # noqa: E731
-    ours = common.evaluate(model, prepared, model.device, limit, log_probs_of)
+    folder = demo.folder("model")
+    where = argparse.Namespace(dataset=str(demo.folder("dataset")), train_rows=None, eval_rows=args.rows)
+    rows = common.load_rows(where, "validation")
+    tokenizer, max_tokens = tokenizing.load(str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prepared, scored = common.evaluation_rows(rows, tokenizer, max_tokens)
+    data = common.HellaSwag([], scored, max_tokens, rows=prepared)
+    scores = common.evaluate(CausalLM(model, Head(model), {}, torch.no_grad), data, model.device)
+    ours = [row["loglikelihoods"] for row in scores.rows]
     theirs, accuracy = harness_results(model, tokenizer, rows)
     result = {
-        "model": common.DEMO_MODEL,
+        "model": folder.name,
         "rows": len(rows),
         "largest_difference_nats": (torch.tensor(ours) - torch.tensor(theirs)).abs().max().item(),
         "harness": accuracy,
-        "ours": common.accuracy(prepared, ours),
-        "versions": {"lm_eval": version("lm_eval"), **common.versions(model.device)},
+        "ours": scores.values,
+        "versions": {"lm_eval": version("lm_eval"), **records.versions(model.device)},
     }
     print(json.dumps(result, indent=1))
     if args.out:

@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import common
+from lowmem.training import models, records, tokenizing
 
 PARTS = {"vectors": lambda p: p.ndim == 1, "matrices": lambda p: p.ndim > 1, "both": lambda p: True}
 
@@ -32,14 +33,13 @@ def noise_deviation(weights, lr, steps):
 
 
 @torch.no_grad()
-def nll_of_right_endings(model, rows, limit):
+def nll_of_right_endings(lm, data):
     """Mean over rows, nats."""
-    head, total = common.Head(model), 0.0
-    sequences = sorted((row.sequences[row.label] for row in rows), key=lambda s: len(s.ids))
-    for start in range(0, len(rows), 16):
-        batch = common.collate(sequences[start : start + 16], limit)
-        total -= common.target_log_probs(model, head, batch, nullcontext).sum().item()
-    return total / len(rows)
+    total, right = 0.0, (data.scored[4 * at + row.label] for at, row in enumerate(data.rows))
+    sequences = sorted(right, key=lambda s: len(s.ids))
+    for start in range(0, len(sequences), 16):
+        total -= lm.log_probs(data.batch(sequences[start : start + 16])).sum().item()
+    return total / len(sequences)
 
 
 def main():
@@ -52,11 +52,12 @@ def main():
     parser.add_argument("--draws", type=int, default=5)
     parser.set_defaults(train_rows=None)  # which load_rows asks for too
     args = parser.parse_args()
-    tokenizer, limit = common.load_tokenizer(args.model)
-    model = common.load_model(args.model, torch.float32).eval()
-    rows = common.evaluation_rows(common.load_rows(args, "validation"), tokenizer, limit)
-    start = {p: p.detach().clone() for p in common.choose_trained(model, "layers").values()}
-    before = nll_of_right_endings(model, rows, limit)
+    tokenizer, max_tokens = tokenizing.load(args.model)
+    lm = models.load(args.model, torch.float32, "layers", nullcontext)
+    rows, scored = common.evaluation_rows(common.load_rows(args, "validation"), tokenizer, max_tokens)
+    data = common.HellaSwag([], scored, max_tokens, rows=rows)
+    start = {p: p.detach().clone() for p in lm.trained.values()}
+    before = nll_of_right_endings(lm, data)
     print(f"no noise: {before:.3f} nats")
     rises = {}
     for part, has in PARTS.items():
@@ -65,12 +66,12 @@ def main():
             for p, weights in start.items():
                 noise = noise_deviation(weights, args.lr / 2, args.steps) * torch.randn(p.shape, generator=generator)
                 p.data.copy_(weights + noise * has(p))
-            rises.setdefault(part, []).append(nll_of_right_endings(model, rows, limit) - before)
+            rises.setdefault(part, []).append(nll_of_right_endings(lm, data) - before)
         error = stdev(rises[part]) / args.draws**0.5
         print(f"noise in {part}: {mean(rises[part]):+.3f} +- {error:.3f} nats (standard error over {args.draws} draws)")
     settings = {"rows": len(rows), "lr": args.lr, "steps": args.steps, "draws": args.draws}
     print(
-        json.dumps({**settings, "gold_nll": before, "rises": rises, "versions": common.versions(torch.device("cpu"))})
+        json.dumps({**settings, "gold_nll": before, "rises": rises, "versions": records.versions(torch.device("cpu"))})
     )
 
 

@@ -31,6 +31,9 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 import gpu
 
 import common
+from lowmem.training import heads, models, weights
+from lowmem.training.batches import IGNORE
+from lowmem.training.memory import GIB
 
 
 def trainer_adafactor(model, batches, after_step):
@@ -146,7 +149,7 @@ def hugging_face_batch(sequences):
     """What a causal LM of transformers takes: int64 [rows, length] ids, mask, and labels that are not shifted."""
     length = -(-max(len(s.ids) for s in sequences) // 8) * 8
     ids = torch.zeros(len(sequences), length, dtype=torch.int64)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, common.IGNORE)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE)
     for row, s in enumerate(sequences):
         ids[row, : len(s.ids)] = torch.tensor(s.ids)
         mask[row, : len(s.ids)] = 1
@@ -163,11 +166,11 @@ def worker(peer, shape, args, data, queue):
 
 
 def measure(peer, shape, args, data):
-    (train, validation), (before, timed) = data, STEPS[shape]
-    order = common.batch_order([len(s.ids) for s in train], 8, 42, 1)[: before + timed]
+    train, (before, timed) = data.train, STEPS[shape]
+    order = data.training_order(8, 42, 1)[: before + timed]
     batches = [hugging_face_batch([train[row] for row in rows]) for rows in order]
     if shape == "SmolLM2":
-        model = common.load_model(args.tokenizer, torch.bfloat16)
+        model = weights.load(args.tokenizer, torch.bfloat16)
     else:
         with tempfile.TemporaryDirectory() as folder:
             gpu.make_folder(shape, args.tokenizer, Path(folder))
@@ -175,7 +178,7 @@ def measure(peer, shape, args, data):
     model.cuda()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    common.choose_trained(model, "layers")
+    trained = models.choose_trained(model, "layers")
     model.train()
     steps, stamps, peak = itertools.count(1), {}, 0.0
 
@@ -196,17 +199,15 @@ def measure(peer, shape, args, data):
     )
     result = {
         "device_gib": peak,
-        "allocated_gib": torch.cuda.max_memory_allocated() / common.GIB,
+        "allocated_gib": torch.cuda.max_memory_allocated() / GIB,
         "rows_per_second": 8 * timed / seconds,
         "tokens_per_second": tokens / seconds,
         "first_step_seconds": stamps[1] - began,
         "machine": gpu.machine(),
     }
     if shape == "SmolLM2":
-        head = common.Head(model)
-        log_probs_of = lambda batch: common.target_log_probs(model, head, batch, torch.no_grad)  # noqa: E731
-        scores = common.evaluate(model, validation, torch.device("cuda"), 2048, log_probs_of)
-        result |= common.accuracy(validation, scores)
+        lm = models.CausalLM(model, heads.Head(model), trained, torch.no_grad)
+        result |= common.evaluate(lm, data, torch.device("cuda")).values
     return result
 
 
@@ -222,7 +223,8 @@ def main():
     args = parser.parse_args()
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
     where = SimpleNamespace(dataset=args.dataset, train_rows=None, eval_rows=200, epochs=1, train_text="harness")
-    data = common.load_data(where, tokenizer, 2048)
+    where.batch_size, where.max_steps, where.warmup_steps = 8, None, 0
+    data = common.load_hellaswag(where, tokenizer, 2048)
     processes = multiprocessing.get_context("fork")  # imports are done, CUDA is not started: a context of its own each
     out = Path(args.out)
     found = json.loads(out.read_text()) if out.exists() else {"peers": []}

@@ -22,8 +22,10 @@ from pathlib import Path
 import gpu
 import torch
 
-import common
 import finetune_lowmem
+from lowmem import cuda_graphs
+from lowmem.training import checkpoint, command, fsdp, parallel, weights
+from lowmem.training.memory import GIB
 
 AS_IT_IS = {
     "NCCL_BUFFSIZE": "4194304",
@@ -32,7 +34,6 @@ AS_IT_IS = {
     "NCCL_MAX_CTAS": "32",
     "NCCL_GRAPH_MIXING_SUPPORT": "1",
 }
-BUDGET = ", --memory_budget 40"
 # name: (GPUs, shape, flags, (steps before timing, timed, profiled), GiB that each card may have or None, environment)
 CASES = {
     "1B, one GPU": (1, "1B", [], (64, 136, 0), None, {}),
@@ -45,7 +46,6 @@ CASES = {
     "8B, one GPU, batch 16": (1, "8B", ["--batch_size", "16"], (64, 32, 8), None, {}),
     "8B, one GPU, batch 32": (1, "8B", ["--batch_size", "32"], (64, 32, 0), None, {}),
     "8B, two GPUs, batch 32": (2, "8B", ["--batch_size", "32"], (64, 32, 8), None, {}),
-    f"8B, two GPUs, batch 32{BUDGET}": (2, "8B", ["--batch_size", "32", *BUDGET[2:].split()], (64, 32, 8), None, {}),
     "8B, two GPUs, batch 32, NCCL as it is": (2, "8B", ["--batch_size", "32"], (64, 32, 0), None, AS_IT_IS),
     "8B, one GPU, batch 128": (1, "8B", ["--batch_size", "128"], (20, 16, 0), None, {}),
     "8B, two GPUs, batch 128": (2, "8B", ["--batch_size", "128"], (20, 16, 0), None, {}),
@@ -57,11 +57,11 @@ KERNELS = {  # by what is in their names
     "FSDP2's copies": "split_with_sizes|chunk_cat|multi_tensor_apply",
     "update": f"^({'|'.join(gpu.UPDATE_KERNELS)})$",
 }
-CONTEXT = 1.7  # GiB of a capped card that PyTorch does not count: CUDA, graphs, NCCL
+CONTEXT_GIB = 1.7  # of a capped card that PyTorch does not count: CUDA, graphs, NCCL
 
 
 def random_shares(name, dtype):
-    """Stands in for common.load_model: of layers only shapes, whose weights `shard` then makes on the GPU."""
+    """Stands in for weights.load: of layers only shapes, whose weights `shard` then makes on the GPU."""
     model = gpu.meta_model(name, dtype)
     layers = set(model.model.layers.parameters())
     for module in model.modules():
@@ -72,17 +72,16 @@ def random_shares(name, dtype):
             if p.ndim > 1 and p not in layers:
                 here = (0.02 * torch.randn(p.shape, dtype=dtype, device="cuda")).cpu()
             module.register_parameter(key, torch.nn.Parameter(here))
-    plain = common.shard
+    plain = fsdp.shard
 
-    def shard(*args):
-        sharded = plain(*args)
-        generator = torch.Generator("cuda").manual_seed(1 + common.rank())
-        for p in sharded.values():
+    def shard(lm, *args):
+        plain(lm, *args)
+        generator = torch.Generator("cuda").manual_seed(1 + parallel.rank())
+        for p in lm.trained.values():
             if p.ndim > 1:
-                common.local(p).normal_(0, 0.02, generator=generator)
-        return sharded
+                parallel.own_rows(p).normal_(0, 0.02, generator=generator)
 
-    common.shard = shard
+    fsdp.shard = shard
     return model
 
 
@@ -90,19 +89,19 @@ def worker(name, args):
     """Run one case's rank in this process; rank 0 writes the result."""
     gpus, shape, flags, (before, timed, profiled), cap, _ = CASES[name]
     stopwatch = gpu.Stopwatch(before, timed, profiled)
-    common.save_checkpoint = lambda *args: None
-    finetune_lowmem.GRAPHS_PAY, finetune_lowmem.COMPILING_PAYS = 0, 0 if "compiled" in name else 10**9
-    common.load_model = random_shares if gpus > 1 and shape != "1B" else gpu.random_model
-    plain = common.Adafactor
-    common.Adafactor = lambda *a, **k: plain(*a, **k | ({"seed": 1} if "other rounding noise" in name else {}))
+    checkpoint.save = lambda *args: None
+    cuda_graphs.GRAPHS_PAY_STEPS, cuda_graphs.COMPILING_PAYS_STEPS = 0, 0 if "compiled" in name else 10**9
+    weights.load = random_shares if gpus > 1 and shape != "1B" else gpu.random_model
+    plain = finetune_lowmem.Adafactor
+    finetune_lowmem.Adafactor = lambda *a, **k: plain(*a, **k | ({"seed": 1} if "other rounding noise" in name else {}))
     if cap:
         total = torch.cuda.mem_get_info()[1]
-        torch.cuda.set_per_process_memory_fraction((cap - CONTEXT) * common.GIB / total)
+        torch.cuda.set_per_process_memory_fraction((cap - CONTEXT_GIB) * GIB / total)
     argv = ["--run-name", "x", "--output_dir", args.folder, "--model", f"{args.folder}/model"]
     argv += ["--eval_rows", "200" if shape == "1B" else "40", "--log_every", "20", "--no_save_model"]
     argv += ["--schedule", "constant", "--dataset", args.dataset]
     summary = finetune_lowmem.main([*argv, "--max_steps", str(before + timed + profiled), *flags])
-    if common.rank() == 0:
+    if parallel.rank() == 0:
         kept = ["memory_gib", "memory_of_rank", "ledger_gib", "eval", "seconds_to_first_step"]
         kept += ["skipped_updates", "versions"]
         result = {"case": name, "commit": args.commit, "gpus": gpus, "batch_size": summary["args"]["batch_size"]}
@@ -124,15 +123,9 @@ def compare(cases):
         return named if len(named) == len(names) and len({case["commit"] for case in named}) == 1 else None
 
     for name, case in found.items():
-        one = name.split(", NCCL")[0].split(BUDGET)[0].replace("two GPUs", "one GPU")
+        one = name.split(", NCCL")[0].replace("two GPUs", "one GPU")
         if one != name and at_one_commit(name, one):
             yield f"{name}: {case['rows_per_second'] / found[one]['rows_per_second']:.2f} times the rows/s of {one}"
-        if "predicted_gib" in case:
-            on_card = case["memory_gib"]["train"]["device"]
-            yield (
-                f"{name}: {case['layers_gathered']} layers stay gathered, {case['predicted_gib']:.2f} GiB predicted, "
-                f"{on_card:.2f} on the card"
-            )
         if "kernel_ms" in case:
             times = ", ".join(f"{kind} {ms:.0f}" for kind, ms in case["kernel_ms"].items())
             yield f"{name}: of a step of {case['ms_per_step']:.0f} ms, kernels that may run side by side, ms: {times}"
@@ -183,7 +176,7 @@ def sizes(config):
     width, heads = config["hidden_size"], config["num_attention_heads"]
     keys = width * config["num_key_value_heads"] // heads
     layer = 2 * width * width + 2 * width * keys + 3 * width * config["intermediate_size"] + 2 * width
-    return 2 * layer / common.GIB, config["num_hidden_layers"], 2 * width * config["vocab_size"] / common.GIB
+    return 2 * layer / GIB, config["num_hidden_layers"], 2 * width * config["vocab_size"] / GIB
 
 
 LLAMA_70B = gpu.LLAMA | {
@@ -195,7 +188,7 @@ def print_reckoning(cases):
     for name, config, gpus in (("8B", gpu.SHAPES["8B"], 2), ("70B", LLAMA_70B, 8), ("70B", LLAMA_70B, 16)):
         parts = reckon(cases, config, gpus)
         print(f"{name} on {gpus} GPUs, GiB: " + ", ".join(f"{part} {value:.1f}" for part, value in parts.items()))
-        moved = parts["moved to each card in a step"] * common.GIB / 1e9
+        moved = parts["moved to each card in a step"] * GIB / 1e9
         rates = ", ".join(f"{moved / rate:.1f} s at {rate} GB/s" for rate in (200, 20, 10))
         print(f"  without graphs {parts['a card'] - parts['graphs']:.1f}; a step takes at least {rates} to each card")
 
@@ -231,7 +224,7 @@ def main():
     parser.add_argument("--folder", help="of --case")
     args = parser.parse_args()
     if args.case:
-        common.run_command(lambda: worker(args.case, args))
+        command.start(lambda: worker(args.case, args))
         return
     if reckons:
         cases = json.loads(Path(args.reckon).read_text())["cases"]
@@ -246,12 +239,10 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             gpu.make_folder(shape, args.tokenizer, Path(folder, "model"))
             start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)] if gpus > 1 else []
-            command = [sys.executable, *start, __file__, *sys.argv[1:], "--case", case, "--folder", folder]
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+            argv = [sys.executable, *start, __file__, *sys.argv[1:], "--case", case, "--folder", folder]
+            done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | environment)
             file = Path(folder, "result.json")
             result = json.loads(file.read_text()) if file.exists() else {"case": case, "commit": args.commit}
-        if said := re.search(r"(\d+) of \d+ decoder layers stay gathered.*predicted peak ([\d.]+)", done.stdout):
-            result |= {"layers_gathered": int(said[1]), "predicted_gib": float(said[2])}
         if done.returncode:
             print(f"{case} failed:\n{done.stdout[-1500:]}\n{done.stderr[-4000:]}", flush=True)
             result["failed"] = done.stderr[-300:]

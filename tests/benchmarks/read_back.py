@@ -4,7 +4,7 @@
     python tests/benchmarks/read_back.py --report results.json
 
 On a GPU, random bf16 weights in the exact Llama shapes, and a mixture of 16 experts, whose merged matrices transformers
-writes to the disk for the while; `common.save_model` and `common.read_back` as at the end of a run. What is read has
+writes to the disk for the while; `saved_model.save` and `read_back` as at the end of a run. What is read has
 just been written, so it comes from the page cache; `disk GiB/s` is how fast this disk reads it without.
 """
 
@@ -22,7 +22,8 @@ import torch
 from gpu import SHAPES, machine, make_folder, random_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
-import common
+from lowmem.training import checkpoint, records, saved_model
+from lowmem.training.memory import GIB
 
 EXPERTS = {
     "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 32,
@@ -45,7 +46,7 @@ class Peak(threading.Thread):
     def gib(self):
         self.ended.set()
         self.join()
-        return max(0, self.most - self.start_bytes) / common.GIB
+        return max(0, self.most - self.start_bytes) / GIB
 
 
 def anonymous_bytes():
@@ -77,22 +78,22 @@ def disk_gib_per_second(files):
         with open(file, "rb", buffering=0) as content:
             while chunk := content.read(2**25):
                 size += len(chunk)
-    return size / common.GIB / (time.perf_counter() - start)
+    return size / GIB / (time.perf_counter() - start)
 
 
 def measure(shape, tokenizer, folder):
     (folder / "source").mkdir()
     model, tokenizer = make_model(shape, tokenizer, folder / "source"), AutoTokenizer.from_pretrained(folder / "source")
-    source, saved = common.Source.of(folder / "source"), folder / "saved"
+    origin, saved = saved_model.Origin.of(folder / "source"), folder / "saved"
     start = time.perf_counter()
-    common.save_model(saved, model, tokenizer, source)
-    common._flush_all(saved)
+    saved_model.save(saved, model, tokenizer, origin)
+    checkpoint.flush_all(saved)
     middle, peak = time.perf_counter(), Peak()
-    _, size = common.read_back(saved, model, tokenizer)
+    _, size = saved_model.read_back(saved, model, tokenizer)
     end = time.perf_counter()
     return {
         "model": shape,
-        "gib": round(size / common.GIB, 2),
+        "gib": round(size / GIB, 2),
         "save_seconds": round(middle - start, 1),
         "read_back_seconds": round(end - middle, 1),
         "host_gib": round(peak.gib(), 2),
@@ -122,7 +123,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             cases.append(measure(shape, args.tokenizer, Path(folder)))
         torch.cuda.empty_cache()
-    results = {"machine": machine() | common.versions(torch.device("cuda")), "cases": cases}
+    results = {"machine": machine() | records.versions(torch.device("cuda")), "cases": cases}
     Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
     print(report(cases))
 

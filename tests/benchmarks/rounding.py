@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import common
+from lowmem.adafactor import stochastic_round
+from lowmem.training import records
 
 
 def ratio(ulps, draws, device, seed=0):
@@ -24,7 +25,7 @@ def ratio(ulps, draws, device, seed=0):
     for _ in range(-(-draws // chunk)):
         weights = 1 + torch.randint(1, 128, (chunk,), generator=generator, device=device).float() * ulp  # [1, 2) but 1
         weights *= 1 - 2 * torch.randint(2, (chunk,), generator=generator, device=device).float()
-        moved = (weights - common.stochastic_round(weights - ulps * ulp, generator).float()).double() / ulp
+        moved = (weights - stochastic_round(weights - ulps * ulp, generator).float()).double() / ulp
         total, squares = total + moved.sum().item(), squares + moved.square().sum().item()
     n = chunk * -(-draws // chunk)
     mean = total / n
@@ -43,7 +44,7 @@ def main():
         "device": args.device,
         "draws": args.draws,
         "rows": rows,
-        "versions": common.versions(torch.device(args.device)),
+        "versions": records.versions(torch.device(args.device)),
     }
     print(json.dumps(result))
 

@@ -23,18 +23,21 @@ from gpu import machine, make_folder, random_model
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import common
 import finetune_lowmem
+from lowmem.training import checkpoint, weights
+from lowmem.training.memory import GIB
+from lowmem.training.run import Run
 
 STEPS, WINDOW = 2200, 300
 CASES = {"resident": [], "streamed within 1.7 GiB": ["--memory_budget", "1.7"]}
 
 
 class Watch:
-    """Wraps Run.after_step and save_checkpoint: times steps, looks at memory at step 100 and at the end."""
+    """Wraps Run.after_step and checkpoint.save: times steps, looks at memory at step 100 and at the end."""
 
     def __init__(self):
         self.memory, self.speeds, self.saves, self.pause = [], [], [], 0.0
-        self.after_step, common.Run.after_step = common.Run.after_step, lambda *args: self.step(*args)
-        self.save_checkpoint, common.save_checkpoint = common.save_checkpoint, lambda *args: self.save(*args)
+        self.after_step, Run.after_step = Run.after_step, lambda *args: self.step(*args)
+        self.save_checkpoint, checkpoint.save = checkpoint.save, lambda *args: self.save(*args)
         self.evaluate, common.evaluate = common.evaluate, lambda *args: self.paused(self.evaluate, *args)
 
     def step(self, run, *args):
@@ -70,14 +73,14 @@ class Watch:
         before, start = psutil.Process().memory_info().rss, time.perf_counter()
         self.paused(self.save_checkpoint, run_dir, *args)
         peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        size = sum(f.stat().st_size for f in common.last_checkpoint(run_dir).iterdir())
-        more = (1024 * int(peak.split()[1]) - before) / common.GIB
-        self.saves.append({"gib": size / common.GIB, "seconds": time.perf_counter() - start, "host_gib_more": more})
+        size = sum(f.stat().st_size for f in checkpoint.last(run_dir).iterdir())
+        more = (1024 * int(peak.split()[1]) - before) / GIB
+        self.saves.append({"gib": size / GIB, "seconds": time.perf_counter() - start, "host_gib_more": more})
 
 
 def worker(name, args):
     """Run one case in this process; print its result as the last line."""
-    common.load_model, watch = random_model, Watch()
+    weights.load, watch = random_model, Watch()
     with tempfile.TemporaryDirectory() as folder:
         make_folder("1B", args.tokenizer, Path(folder) / "model")
         argv = ["--run-name", "x", "--output_dir", folder, "--model", f"{folder}/model", "--dataset", args.dataset]
@@ -85,7 +88,7 @@ def worker(name, args):
         argv += ["--max_steps", str(STEPS)]
         summary = finetune_lowmem.main(argv)
         start = time.perf_counter()
-        common.check_resume(finetune_lowmem.parse([*argv, "--resume"]), Path(folder) / "x")
+        checkpoint.check_resume(finetune_lowmem.parse([*argv, "--resume"]), Path(folder) / "x")
         checked = (time.perf_counter() - start) / 2  # parsing checks too
     first, last = watch.memory
     result = {"case": name, "commit": args.commit, "steps": summary["steps"], "memory": watch.memory}
