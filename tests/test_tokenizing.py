@@ -31,10 +31,11 @@ def test_a_tokenizer_whose_class_misreads_its_file_is_read_as_the_file_says(name
     make().save_pretrained(model)
     change_json(model / "tokenizer_config.json", tokenizer_class=name)
     ids = Tokenizer.from_file(str(model / "tokenizer.json")).encode(text).ids
-    assert transformers.AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False)["input_ids"] != ids
+    misread = transformers.AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False)["input_ids"] != ids
+    assert misread or name == "LlamaTokenizerFast"  # which transformers reads right from 5.22 on
     _, tokenizer = save_again(model, tmp_path / "saved")
     said = capsys.readouterr().out
-    assert f"the tokenizer of {model} is read as its tokenizer.json says, unlike {read_as} does" in said
+    assert (f"the tokenizer of {model} is read as its tokenizer.json says, unlike {read_as} does" in said) == misread
     saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert tokenizer(text)["input_ids"] == saved(text)["input_ids"] == ids
 

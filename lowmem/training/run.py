@@ -280,8 +280,8 @@ class Run:
     def _end_a_bad_run(self):
         raise Diverged(
             f"{self.bad_steps.item()} steps in a row, up to step {self.progress['step']}, had losses or updates that "
-            f"are not finite, {self.skipped.item()} updates in all were left out: the run has diverged, or data or "
-            "machine are faulty; start again with a smaller --lr and another --run-name"
+            "are not finite: the run has diverged, or data or machine are faulty; start again with a smaller --lr and "
+            "another --run-name"
         )
 
     def checkpoint(self) -> None:
