@@ -179,7 +179,7 @@ def load_hellaswag(args, tokenizer, max_tokens: int) -> HellaSwag:
     train = training_sequences(load_rows(args, "train"), tokenizer, args.train_text, max_tokens) if args.epochs else []
     rows, scored = evaluation_rows(load_rows(args, "validation"), tokenizer, max_tokens)
     data = HellaSwag(train, scored, max_tokens, rows=rows)
-    steps = data.planned_steps(args.batch_size, args.epochs, args.max_steps)
+    steps = data.planned_steps(args)
     if train and args.warmup_steps >= steps:
         raise UserError(f"--warmup_steps {args.warmup_steps} is not less than the run's {steps} steps: take fewer")
     return data
@@ -210,8 +210,8 @@ def training_sequences(rows: list[dict], tokenizer, text: str, max_tokens: int) 
     return _cut(sequences, max_tokens, "train")
 
 
-def _first_of(names, most=3):
-    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
+def _first_of(names):
+    return ", ".join(names if len(names) <= 3 else [*names[:3], "..."])
 
 
 def _cut(sequences, max_tokens, split):
@@ -252,9 +252,10 @@ def evaluation_rows(rows: list[dict], tokenizer, max_tokens: int) -> tuple[list[
     return made, scored
 
 
-def _encode_with_bar(tokenizer, pairs, label, chunk=4000):
-    starts = tqdm(range(0, len(pairs), chunk), desc=label, unit_scale=chunk, unit="text", disable=len(pairs) <= chunk)
-    return [pair for start in starts for pair in encode_pairs(tokenizer, pairs[start : start + chunk])]
+def _encode_with_bar(tokenizer, pairs, label):
+    n = 4000  # pairs at a time
+    starts = tqdm(range(0, len(pairs), n), desc=label, unit_scale=n, unit="text", disable=len(pairs) <= n)
+    return [pair for start in starts for pair in encode_pairs(tokenizer, pairs[start : start + n])]
 
 
 @torch.no_grad()

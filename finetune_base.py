@@ -49,14 +49,14 @@ def make_optimizer(name, parameters, lr, fused):
 
 def main(argv=None):
     args = parse(argv)
-    device = command.set_up(args)
+    device = command.set_up(args, method=f"{args.optimizer}, fp32 weights")
 
     # Data
     tokenizer, max_tokens = tokenizing.load(args.model)
     data = common.load_hellaswag(args, tokenizer, max_tokens)
 
     # Model: weights in fp32, each layer's activations made again in backward
-    models.require_host_memory(args.model, torch.float32)
+    models.require_room(args.model, torch.float32)
     lm = models.load(args.model, torch.float32, args.trained, precision)
     fsdp.shard(lm, device, torch.float32)
     lm.network.to(device, torch.float32)

@@ -38,7 +38,12 @@ def parse(argv):
     parser.add("--memory_budget", type=arguments.above_zero, metavar="GIB",
                help="memory of the GPU that may be in use in all, context and evaluation included; what does not fit "
                "streams from host memory; None: 98 %% of the card")  # fmt: skip
-    return arguments.parse(parser, argv)
+    args = arguments.parse(parser, argv)
+    if args.memory_budget:
+        placement.require_one_gpu()
+    if args.cross_entropy == "cut":
+        require_cut()
+    return args
 
 
 def precision():
@@ -67,50 +72,51 @@ def update_in_backward(optimizer, trained, when_updated=lambda p: None):  # 3
 
 def main(argv=None):
     args = parse(argv)
-    device = command.set_up(args)
+    rounding = "nearest" if args.nostround else "stochastic"
+    method = f"Adafactor in backward, bf16 weights, {rounding} rounding, {args.cross_entropy} cross entropy"
+    device = command.set_up(args, method)
     cuda_graphs.prepare_process(device)
-    budget = placement.budget_bytes(args.memory_budget, device)
-    if args.cross_entropy == "cut":
-        require_cut(device)
-    loss_of = partial(training_loss, cross_entropy=CROSS_ENTROPY[args.cross_entropy])
+    cross_entropy = CROSS_ENTROPY[args.cross_entropy]
+    loss_of = partial(training_loss, cross_entropy=cross_entropy)
 
     # Data
     tokenizer, max_tokens = tokenizing.load(args.model)
     data = common.load_hellaswag(args, tokenizer, max_tokens)
-    rows, kernels = data.rows_per_rank(args.batch_size), cuda_graphs.choose_kernels(args, data, device)
+    kernels = cuda_graphs.choose_kernels(args, data, device)
+    rows = data.rows_per_rank(args.batch_size)
 
     # Model: weights in bf16 (1), on the GPU as far as they fit, each layer's activations made again in backward (4)
-    placement.require_host_memory(args.model, budget)
+    budget = placement.budget_bytes(args.memory_budget, device)
+    placement.require_room(args.model, budget)
     lm = models.load(args.model, torch.bfloat16, args.trained, precision)
     cuda_graphs.leave_out_masks(lm.network, data.longest())
-    weights = placement.place(
-        lm, data, device, budget, rows, kernels.graphs, loss_of, update_in_backward, args.cross_entropy == "cut"
-    )
-    lm.check(data, linear_cross_entropy=CROSS_ENTROPY[args.cross_entropy])
-    random = lm.uses_rng_in_forward(data.small().to(device))  # then layers must draw the same again in backward
-    models.checkpoint_activations(lm.network, context_fn=weights.recomputation, preserve_rng_state=random)
+    head_stays = args.cross_entropy == "cut"
+    placed = placement.place(lm, data, device, budget, rows, kernels.graphs, loss_of, update_in_backward, head_stays)
+    lm.check(data, cross_entropy)
+    uses_rng = lm.uses_rng_in_forward(data.small().to(device))  # then layers must draw the same again in backward
+    models.checkpoint_activations(lm.network, context_fn=placed.recomputation, preserve_rng_state=uses_rng)
 
     # Optimizer: Adafactor with stochastic rounding (1), run inside backward (3)
-    rounding = "nearest" if args.nostround else "stochastic"
     optimizer = Adafactor(lm.trained.values(), lr=args.lr, rounding=rounding, seed=args.seed)
-    update_in_backward(optimizer, lm.trained, when_updated=weights.send_home)
-    checks.techniques_are_active(lm, loss_of, optimizer, data, weights)
+    update_in_backward(optimizer, lm.trained, when_updated=placed.send_home)
+    checks.techniques_are_active(lm, loss_of, optimizer, data, placed)
 
-    @weights.settled
+    @placed.settled
     def step(batch):
         loss = loss_of(lm, batch)
         loss.backward()  # updates the weights too
         return parallel.sum_over_ranks(loss.detach())
 
-    log_probs = weights.settled(lm.log_probs)
-    as_graphs = kernels.graphs and not random
-    if as_graphs:  # random numbers would be the same in each replay
+    log_probs = placed.settled(lm.log_probs)
+    if uses_rng:
+        kernels = cuda_graphs.no_graphs(kernels, data)  # each replay would draw the same numbers
+    if kernels.graphs:
         step, log_probs = cuda_graphs.as_graphs(step, log_probs, lm, optimizer, kernels, data, rows)
 
     # Train
     evaluate = partial(common.evaluate, lm, data, device, log_probs)
-    with runs.Run(args, lm, tokenizer, optimizer, data, evaluate, weights.all_at_home, one_gradient=True) as run:
-        for shape in run.expected_shapes() if as_graphs else ():
+    with runs.Run(args, lm, tokenizer, optimizer, data, evaluate, placed.all_at_home, one_gradient=True) as run:
+        for shape in run.expected_shapes() if kernels.graphs else ():
             step.reserve(*shape)
         run.evaluate(epoch=0)
         for epoch in run.epochs():

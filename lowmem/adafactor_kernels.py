@@ -31,6 +31,7 @@ else:
     }  # fmt: skip
 
     def kernel(function):
+        """`function` as a Triton kernel; None without Triton."""
         names = inspect.signature(function).parameters
         return triton.jit(function, do_not_specialize=[name for name in names if name in _NOT_SPECIALIZED])
 
@@ -55,6 +56,7 @@ def _square_sums(g, row_sums, col_sums, R, C, strips, HEIGHT: tl.constexpr, WIDT
 
 @kernel
 def _running_mean(sums, old, new, total, n, tiles, divisor, beta2_rest, tiny, block, BLOCK: tl.constexpr):
+    """A block's new running means, from sums [tiles, n] of squares, and their total."""
     at = block * BLOCK + tl.arange(0, BLOCK)
     mean = tl.zeros([BLOCK], tl.float32)
     for start in range(0, tiles, 32):
@@ -292,8 +294,8 @@ def fused_adafactor_update(
     update_index: int32 scalar tensor, the updates of this tensor so far; tensor_index: which tensor it is. Both and
     `seed` key the rounding noise, of two updates at a time: the second has its complement.
     skipped: int64 scalar tensor, plus 1 where the update is not finite.
-    rows_in_all, sum_all: as there; None: not sharded. The sums that go over all ranks are then all that a kernel needs
-    of those of the one before.
+    rows_in_all, sum_all: as there; sum_all is None where p is not sharded. The sums that go over all ranks are all that
+    a kernel needs of those of the one before.
     """
     rows, cols = p.shape
     stochastic = rounding == "stochastic" and p.dtype == torch.bfloat16
@@ -303,7 +305,7 @@ def fused_adafactor_update(
     norms = triton.cdiv(rows, 16 * strips), triton.cdiv(cols, 256)
     row_blocks, col_blocks, tiles = triton.cdiv(rows, block), triton.cdiv(cols, block), math.prod(norms)
     sizes = [wide * rows, tall * cols, rows, cols, row_blocks + col_blocks, tiles, tiles]
-    sizes = [-(-n // 4) * 4 for n in sizes]  # 16 bytes, the alignment of wide loads
+    sizes = [4 * parallel.ceil_div(n, 4) for n in sizes]  # 16 bytes, the alignment of wide loads
     scratch = torch.empty(sum(sizes), dtype=torch.float32, device=p.device).split(sizes)
     row_sums, col_sums, new_row, new_col, totals, u_squares, p_squares = scratch
 

@@ -12,11 +12,12 @@ import torch
 from lowmem import sharding
 from lowmem.adafactor import Adafactor, learning_rate_zero
 from lowmem.training import demo, models, parallel, records
-from lowmem.training.batches import IGNORE, Batch, Data, ceil_div, pad_batch
+from lowmem.training.batches import IGNORE, Batch, Data, pad_batch
 from lowmem.training.errors import UserError
 from lowmem.training.models import CausalLM
+from lowmem.training.parallel import ceil_div
 
-GRAPHS_PAY_STEPS = 65  # or 195 evaluation batches: of a 1B model they take 9 s on an H100, and save 0.14 s a step
+GRAPHS_PAY_STEPS = 65  # or 195 evaluation batches: graphs of a 1B model take 9 s on an H100, and save 0.14 s a step
 COMPILING_PAYS_STEPS = 8000  # on an H100 it takes 34 s at the start, and saves 4.3 ms a step of a 1B model
 LENGTH_MULTIPLE = 32  # tokens: few lengths, few graphs
 TARGETS_MULTIPLE = 128
@@ -88,7 +89,7 @@ def choose_kernels(args, data: Data, device: torch.device) -> Kernels:
     """
     if device.type != "cuda":
         return Kernels()
-    steps = data.planned_steps(args.batch_size, args.epochs, args.max_steps)
+    steps = data.planned_steps(args)
     evaluated = (args.epochs + 1) * sum(len(s.ids) for s in data.scored)  # tokens
     evaluations = evaluated // (data.eval_tokens * parallel.world_size())
     if args.no_compile or steps + evaluations / 3 < GRAPHS_PAY_STEPS:
@@ -97,6 +98,14 @@ def choose_kernels(args, data: Data, device: torch.device) -> Kernels:
     data.multiple, compiled = LENGTH_MULTIPLE, steps >= COMPILING_PAYS_STEPS
     records.say("kernels", f"as CUDA graphs, decoder layers {'compiled' if compiled else 'not compiled'}")
     return Kernels(len(data.lengths(data.train)) + len(data.lengths(data.scored)), compiled)
+
+
+def no_graphs(kernels: Kernels, data: Data) -> Kernels:
+    """Instead of `kernels`, where the model draws random numbers: launched one by one."""
+    if kernels.graphs:
+        data.multiple = Data.multiple
+        records.say("kernels", "one by one: the model draws random numbers (dropout)")
+    return Kernels()
 
 
 def as_graphs(
@@ -184,8 +193,7 @@ def advise_no_compile() -> Iterator[None]:
         if "out of memory" in reason[0]:
             raise torch.OutOfMemoryError(reason[0]) from error
         raise UserError(
-            f"a step of this model cannot be compiled or captured as a CUDA graph ({reason[0]}): run it with "
-            "--no_compile (after a first checkpoint, with --resume --no_compile)"
+            f"a step of this model cannot be compiled or captured as a CUDA graph ({reason[0]}): take --no_compile"
         ) from error
 
 

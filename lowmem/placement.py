@@ -26,8 +26,7 @@ from lowmem.training.errors import UserError, refuse_what_fails
 from lowmem.training.heads import HEAD_PIECE_BYTES, Head
 from lowmem.training.models import CausalLM
 
-MIN_EVAL_TOKENS = 1024  # of an evaluation batch
-CONTEXT_BYTES = 2**29  # that CUDA takes of a GPU for itself
+CONTEXT_BYTES = 2**29  # CUDA's own part of a GPU
 GRAPH_BYTES_PER_LAYER = 2**19  # that CUDA takes for a decoder layer in a graph: on an H100 0.44 MiB, less to evaluate
 # that PyTorch's allocator cannot use, beyond those of the measured step: 0.03 to 0.06 GiB
 ALLOCATOR_GAP_BYTES = 2**26
@@ -71,22 +70,23 @@ class Placement:
         return settled
 
 
-def budget_bytes(memory_budget: float | None, device: torch.device) -> int:
-    """Bytes of the GPU that the run may use in all: those of --memory_budget in GiB, at most 98 % of the card.
-
-    Raises UserError where there is no GPU, or where there are several.
-    """
-    if memory_budget and device.type != "cuda":
+def require_one_gpu() -> None:
+    """Raise UserError unless --memory_budget means something here."""
+    if not torch.cuda.is_available():
         raise UserError("--memory_budget is for a GPU, and there is none here: leave it out")
-    if memory_budget and parallel.world_size() > 1:
+    if parallel.world_size() > 1:
         raise UserError("--memory_budget is for one GPU: several share the model instead; leave it out")
+
+
+def budget_bytes(memory_budget: float | None, device: torch.device) -> int:
+    """Bytes of the GPU that the run may use in all: those of --memory_budget in GiB, at most 98 % of the card."""
     if device.type != "cuda":
         return 0
     card = int(0.98 * torch.cuda.mem_get_info()[1])
     return min(card, int(memory_budget * memory.GIB)) if memory_budget else card
 
 
-def require_host_memory(name: str, budget: int) -> None:
+def require_room(name: str, budget: int) -> None:
     """Refuse, before anything is loaded, a model whose bf16 weights cannot be in the GPU's `budget` bytes and the host.
 
     Of the budget CUDA's context and the slots hold none of the weights. Files in bf16 are read as they are needed;
@@ -125,12 +125,12 @@ def place(
     with update_in_backward needs is measured. head_stays: the head must be on the GPU as a whole. Sets
     data.eval_tokens. Raises UserError with the least budget that works.
     """
-    models.checkpoint_activations(lm.network)
+    models.checkpoint_activations(lm.network)  # or more would be measured; the script says how layers run again
     largest = data.largest(data.train or data.scored, rows)
     # Streamed or gathered from other GPUs, an evaluation batch costs a copy of the model: more tokens then, where
     # training keeps much more of each
     longest = max(data.lengths(data.scored))
-    tokens = max(MIN_EVAL_TOKENS, 2 * largest.ids.numel(), longest)
+    tokens = max(data.eval_tokens, 2 * largest.ids.numel(), longest)
     if parallel.world_size() > 1:
         data.eval_tokens = tokens
         return place_shards(lm, device, head_stays)
@@ -259,8 +259,7 @@ def fit_to_budget(budget: int, rest: int, layers: int, layer: int, head: int | N
     if least > budget:
         raise UserError(
             f"{budget / memory.GIB:.2f} GiB of GPU memory are too few: at this --batch_size the model needs "
-            f"{math.ceil(100 * least / memory.GIB) / 100:.2f} with all streamed that can be (--memory_budget; with "
-            "--cross_entropy cut the head cannot)"
+            f"{math.ceil(100 * least / memory.GIB) / 100:.2f} with all streamed that can be (--memory_budget)"
         )
     more = (budget - least) // layer
     return Plan(layers - more, head is not None, least + more * layer)
@@ -320,7 +319,7 @@ def measure_one_step(
     """
     train, evaluation = (batch.to("cuda") for batch in batches)
     optimizer = Adafactor([p for p in lm.trained.values() if p.is_cuda], lr=0.0)  # moves nothing
-    handles = update_in_backward(optimizer, dict(enumerate(optimizer.group_of)), lambda p: None)
+    handles = update_in_backward(optimizer, dict(enumerate(optimizer.group_of)))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     with refuse_what_fails(lm.network):

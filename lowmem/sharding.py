@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from lowmem.linear_cross_entropy import HeadInPieces
 from lowmem.training import parallel
-from lowmem.training.batches import ceil_div
 from lowmem.training.heads import HEAD_PIECE_BYTES
+from lowmem.training.parallel import ceil_div
 
 # Smaller buffers and fewer thread blocks than NCCL's own: on two H200s 0.45 GiB less on each; 8B with 32 rows as fast.
 # GRAPH_MIXING_SUPPORT 0: a step's communication is all in its graph, and none is launched outside while one runs.

@@ -14,6 +14,7 @@ from lowmem.linear_cross_entropy import HeadInPieces
 from lowmem.training import memory
 from lowmem.training.errors import UserError
 from lowmem.training.heads import HEAD_PIECE_BYTES
+from lowmem.training.parallel import ceil_div
 
 SLOTS = 2  # layers on the device of those that stream
 
@@ -84,7 +85,7 @@ class StreamedLayers:
         self.parts, size = [], 0  # bytes of a slot: a part for each parameter, where wide loads like it
         for p in params[0] if params else []:
             self.parts.append(slice(size, size + p.nbytes))
-            size += -(-p.nbytes // 256) * 256
+            size += ceil_div(p.nbytes, 256) * 256
         self.slots = torch.empty(slots, size, dtype=torch.uint8, device=device)
         self.place_of, self.host_copies, self.host_copy_of = {}, [], {}  # of a layer's bytes; of a parameter
         for i, layer in enumerate(params):
@@ -178,10 +179,10 @@ class StreamedHead(HeadInPieces):
     ):
         super().__init__(network)
         vocabulary, width = self.weight.shape
-        count = 2 * -(-self.weight.nbytes // (2 * piece_bytes))
+        count = 2 * ceil_div(self.weight.nbytes, 2 * piece_bytes)
         bounds = [vocabulary * k // count for k in range(count + 1)]
         self.pieces = [slice(*pair) for pair in pairwise(bounds)]
-        self.copies, self.buffers = copies, self.weight.new_empty(2, -(-vocabulary // count), width, device=device)
+        self.copies, self.buffers = copies, self.weight.new_empty(2, ceil_div(vocabulary, count), width, device=device)
         self.piece_rows = self.buffers.shape[1]
         self.weight.data = page_locked(self.weight.data, device)
         for k in range(2):

@@ -2,6 +2,7 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
@@ -14,6 +15,10 @@ from lowmem.training.batches import IGNORE, Data, Sequence, pad_batch
 sequence = st.integers(2, 50).flatmap(
     lambda n: st.builds(Sequence, st.lists(st.integers(0, 399), min_size=n, max_size=n), st.integers(1, n - 1))
 )
+
+
+def settings_of(batch_size, epochs, max_steps=None):
+    return SimpleNamespace(batch_size=batch_size, epochs=epochs, max_steps=max_steps)
 
 
 def data_of(lengths, **how):
@@ -94,7 +99,7 @@ def test_an_epoch_deals_each_row_once_and_is_seeded(lengths, batch_size, seed, e
     data = data_of(lengths)
     batches = data.training_order(batch_size, seed, epoch)
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
-    assert len(batches) == math.ceil(len(lengths) / batch_size) == data.planned_steps(batch_size, 1, None)
+    assert len(batches) == math.ceil(len(lengths) / batch_size) == data.planned_steps(settings_of(batch_size, 1))
     assert batches == data.training_order(batch_size, seed, epoch)
 
 
@@ -125,7 +130,7 @@ def test_an_evaluation_deals_each_sequence_once_in_batches_of_few_tokens(lengths
 def test_planned_steps_are_those_of_the_whole_run():
     data = data_of([9] * 61)
     for epochs, max_steps, steps in ((2, None, 32), (2, 20, 20), (2, 99, 32), (0, None, 0), (0, 5, 0)):
-        assert data.planned_steps(4, epochs, max_steps) == steps
+        assert data.planned_steps(settings_of(4, epochs, max_steps)) == steps
     assert data.rows_per_rank(4) == 4
     assert data.rows_per_rank(100) == 61
     assert Data([], data.scored, 300).rows_per_rank(8) == 8

@@ -384,10 +384,10 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
     """Adam's two states count, before they are there."""
     trained, optimizer = make_trained(torch.optim.Adam)
     weights, rest = 4 * (32 + 15 + 6), checkpoint.REST_BYTES
-    assert checkpoint.size_in_bytes(trained, optimizer) == 3 * weights + rest
+    assert checkpoint.bytes_needed(trained, optimizer) == 3 * weights + rest
     step(trained, optimizer)
-    assert checkpoint.size_in_bytes(trained, optimizer) == 3 * weights + 3 * 4 + rest
-    assert checkpoint.size_in_bytes(*make_trained(torch.optim.SGD)) == weights + rest
+    assert checkpoint.bytes_needed(trained, optimizer) == 3 * weights + 3 * 4 + rest
+    assert checkpoint.bytes_needed(*make_trained(torch.optim.SGD)) == weights + rest
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20 if path == tmp_path else 0))
     checkpoint.require_disk(tmp_path / "not" / "there", 2**20, "this")
     with pytest.raises(

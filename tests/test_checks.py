@@ -33,7 +33,7 @@ def test_start_up_checks_pass_and_training_learns(architecture, trained):
     lm, optimizer, placed = start(architecture, trained)
     batch, before = make_batch(), {name: p.detach().clone() for name, p in lm.network.named_parameters()}
     assert (lm.trained.keys() < before.keys()) == (trained == "layers")
-    lm.check(DATA, linear_cross_entropy=finetune_lowmem.linear_cross_entropy)
+    lm.check(DATA, finetune_lowmem.linear_cross_entropy)
     checks.techniques_are_active(lm, finetune_lowmem.training_loss, optimizer, DATA, placed)
     assert all(torch.equal(p, before[name]) for name, p in lm.trained.items()), "the check moved a weight"
     assert not any(v.any() for state in optimizer.state.values() for v in state.values()), "the check left state"

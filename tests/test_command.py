@@ -81,7 +81,7 @@ def no_memory():
         return error
 
 
-LESS = "take a smaller --batch_size, or of finetune_lowmem.py a smaller --memory_budget"
+LESS = "take a smaller --batch_size and another --run-name, or (low-memory) a smaller --memory_budget"
 RAN_OUT = {
     "the GPU's, as torch says it": (
         lambda: torch.OutOfMemoryError(
@@ -107,11 +107,8 @@ RAN_OUT = {
         lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
         "out of GPU memory: more ",
     ),
-    "the host's": (
-        no_memory,
-        "out of host memory: 65536.00 GiB asked; close other programs, or take a smaller --batch_si",
-    ),
-    "Python": (MemoryError, "out of host memory: more asked; close other programs, or take a smaller --batch_size; "),
+    "the host's": (no_memory, "out of host memory: 65536.00 GiB asked; close other programs; "),
+    "Python": (MemoryError, "out of host memory: more asked; close other programs; "),
     "numpy": (
         lambda: MemoryError("Unable to allocate 3.00 GiB for an array with shape (3,) and data type float64"),
         "out of host memory: 3.00 GiB asked; ",
@@ -152,7 +149,9 @@ def test_a_connection_that_breaks_is_another_process_s_end_under_torchrun_alone(
     assert (line, code) == (f"error: another process of this run has ended or cannot be reached; {AGAIN}", 2)
 
 
-@pytest.mark.parametrize(("error", "message"), [(UserError("no"), "error: no"), (KeyError("x"), "KeyError: 'x'")])
+@pytest.mark.parametrize(
+    ("error", "message"), [(UserError("no"), "^error: no$"), (KeyError("x"), "(?s)^Trace.*KeyError: 'x'")]
+)
 def test_torchrun_finds_the_last_line_in_its_file(error, message, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
 
@@ -162,7 +161,7 @@ def test_torchrun_finds_the_last_line_in_its_file(error, message, monkeypatch, t
     with pytest.raises((SystemExit, KeyError)):
         command.start(main)
     found = json.loads((tmp_path / "error.json").read_text())
-    assert found["message"] == message
+    assert re.search(message, found["message"])
     assert found["timestamp"] > 1.7e9
 
 
@@ -209,7 +208,8 @@ def test_a_run_begins_with_what_it_will_do(capsys, tmp_path):
         "1500",
         "--warmup_steps",
     ]
-    command.say_settings(finetune_lowmem.parse([*flags, "7", "--trained", "all"]), torch.device("cpu"))
+    args = finetune_lowmem.parse([*flags, "7", "--trained", "all"])
+    command.say_settings(args, "by hand", torch.device("cpu"))
     title, *table = capsys.readouterr().out.splitlines()
     assert title == "finetune_lowmem x"
     assert all(re.match(r"  \S.{12} \S", line) or len(line.split("  ")) > 2 for line in table)
@@ -218,6 +218,7 @@ def test_a_run_begins_with_what_it_will_do(capsys, tmp_path):
     assert said["learning rate"] == "0.0003, linear, after 7 steps of warm-up"
     assert said["model"] == "meta-llama/Llama-3.2-1B"
     assert said["trained"] == "all parameters"
+    assert said["method"] == "by hand"
     assert said["results in"] == str(tmp_path / "x")
 
 
@@ -326,3 +327,16 @@ def test_a_closed_pipe_or_stdout_ends_in_one_line_or_not_at_all(argv, commands):
     assert last_line(err) == "error: nothing reads what the run prints any more; start the same command again"
     code, _, err = commands.run("finetune_lowmem", *argv("b", "--epochs", 1), first="import sys; sys.stdout = None")
     assert code == 0, err
+
+
+def test_a_rank_without_torchrun_silences_nothing(monkeypatch, capsys):
+    """A scheduler may set RANK for reasons of its own."""
+    monkeypatch.setenv("RANK", "1")
+
+    def main():
+        raise UserError("no")
+
+    with pytest.raises(SystemExit) as ended:
+        command.start(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.strip() == "error: no"

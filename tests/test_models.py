@@ -122,9 +122,9 @@ def test_layers_that_text_does_not_reach_are_refused():
 
 def test_a_loss_that_differs_is_refused_by_its_name():
     lm = as_lm(make_model())
-    lm.check(DATA, linear_cross_entropy=finetune_lowmem.linear_cross_entropy)
-    with pytest.raises(UserError, match="LlamaForCausalLM is not supported: half of it gives a loss"):
-        lm.check(DATA, half_of_it=lambda *inputs: finetune_lowmem.linear_cross_entropy(*inputs) / 2)
+    lm.check(DATA, finetune_lowmem.linear_cross_entropy)
+    with pytest.raises(UserError, match="LlamaForCausalLM is not supported: cross entropy gives a loss"):
+        lm.check(DATA, lambda *inputs: finetune_lowmem.linear_cross_entropy(*inputs) / 2)
 
 
 def test_a_model_that_cannot_checkpoint_is_refused_by_name():
@@ -236,3 +236,17 @@ def test_layers_that_may_be_skipped_are_refused_by_name(tmp_path):
             load_bf16(model)
         change_json(model / "config.json", **{name: 0.0})
         assert load_bf16(model).trained
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_routers_train_in_the_type_that_is_asked_for(stored, tmp_path):
+    """transformers 5.24 loads them in fp32, whatever their files hold."""
+    config = transformers.Dots1Config(
+        **(TINY | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1}),
+        topk_group=1, first_k_dense_replace=1, n_shared_experts=1, head_dim=8,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config, dtype=stored).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    lm = models.load(str(tmp_path), torch.bfloat16, "layers", nullcontext)
+    assert any("gate.weight" in name for name in lm.trained)
+    assert {p.dtype for p in lm.trained.values()} == {torch.bfloat16}

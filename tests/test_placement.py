@@ -48,10 +48,11 @@ def test_a_budget_is_at_most_the_cards_and_of_one_gpu_alone(monkeypatch):
     assert placement.budget_bytes(None, cuda) == placement.budget_bytes(20, cuda) == int(0.98 * 16 * GIB)
     assert placement.budget_bytes(2.5, cuda) == 2.5 * GIB
     assert placement.budget_bytes(None, CPU) == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    placement.require_one_gpu()
     monkeypatch.setattr(placement.parallel, "world_size", lambda: 2)
     with pytest.raises(UserError, match="--memory_budget is for one GPU: .* leave it out"):
-        placement.budget_bytes(2.5, cuda)
-    assert placement.budget_bytes(None, cuda) == int(0.98 * 16 * GIB)
+        placement.require_one_gpu()
 
 
 def test_a_budget_without_a_gpu_is_refused(commands, argv):
@@ -111,17 +112,17 @@ def test_host_memory_is_checked_before_anything_is_loaded(tmp_path, monkeypatch)
     bf16, fp16 = (str(tmp_path / f"torch.{name}") for name in ("bfloat16", "float16"))
     monkeypatch.setattr(memory, "free_host_memory", lambda: size - 1)
     slots = placement.SLOTS * memory.size_in_bytes(models.decoder_layers(network)[0].parameters())
-    placement.require_host_memory(bf16, placement.CONTEXT_BYTES + slots + 1)  # that byte on the GPU
+    placement.require_room(bf16, placement.CONTEXT_BYTES + slots + 1)  # that byte on the GPU
     with pytest.raises(UserError, match="of free host memory are too little"):
-        placement.require_host_memory(bf16, placement.CONTEXT_BYTES + slots)
+        placement.require_room(bf16, placement.CONTEXT_BYTES + slots)
     with pytest.raises(UserError, match=r"but as torch\.float16: to convert it takes"):
-        placement.require_host_memory(fp16, 10 * size)
+        placement.require_room(fp16, 10 * size)
     monkeypatch.setattr(memory, "free_host_memory", lambda: size)
     for name in (bf16, fp16):
-        placement.require_host_memory(name, size - 1)
+        placement.require_room(name, size - 1)
     monkeypatch.setattr(memory, "free_host_memory", lambda: 0)
     monkeypatch.setattr(placement.parallel, "world_size", lambda: 2)
-    placement.require_host_memory(bf16, 0)  # of several ranks each reads its part
+    placement.require_room(bf16, 0)  # of several ranks each reads its part
 
 
 @pytest.mark.gpu

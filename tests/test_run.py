@@ -23,6 +23,7 @@ from lowmem import cuda_graphs
 from lowmem.training import checkpoint, memory, models, signals
 from lowmem.training import run as runs
 from lowmem.training.errors import Diverged, Interrupted, UserError
+from lowmem.training.records import Records
 from lowmem.training.run import BAD_STEPS, Run, Scores
 
 OPTIMIZERS = [("finetune_lowmem", ())] + [("finetune_base", ("--optimizer", o)) for o in ("Adam", "Adafactor", "SGD")]
@@ -624,3 +625,23 @@ def test_soak(script, lr, argv, commands, tmp_path):
     first, last = statistics.median(times[100:400]), statistics.median(times[-300:])
     print(f"host memory {rss_end / rss - 1:+.2%}, CPU time {last / first - 1:+.1%}")
     assert last < 1.5 * first
+
+
+def test_what_ends_a_run_says_how_it_goes_on_though_its_records_cannot_be_closed_either(run, monkeypatch):
+    """As on a full disk."""
+    full = OSError(28, "No space left on device")
+    plain = Run.after_step
+
+    def after_step(run, loss):
+        plain(run, loss)
+        if run.progress["step"] == 7:
+            raise full
+
+    def close(records):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Run, "after_step", after_step)
+    monkeypatch.setattr(Records, "close", close)
+    with pytest.raises(OSError, match="No space") as caught:
+        run("finetune_lowmem", "r", "--batch_size", 4, "--save_every", 5)
+    assert caught.value.go_on == "the same command with --resume goes on from step 5"

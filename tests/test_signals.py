@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import threading
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from support.runs import assert_same_run, has_lines, last_line, lines, wait_unti
 
 from lowmem.training import checkpoint, signals
 from lowmem.training.errors import Interrupted
+from lowmem.training.records import Records
 from lowmem.training.run import Run
 
 
@@ -170,3 +172,32 @@ def test_a_signal_between_steps_ends_at_once(where, said, left, argv, commands, 
     assert (code, last_line(err)) == (143, f"interrupted: {said}")
     assert (tmp_path / "r").exists() == left
     assert commands.run("finetune_lowmem", *argv("r", "--epochs", 1, *["--resume"] * left))[0] == 0
+
+
+def test_a_signal_while_a_fresh_run_opens_its_records_says_how_it_goes_on(run, monkeypatch, tmp_path):
+    """Its folder is there by then: the same command alone would be refused."""
+
+    def interrupted(*_):
+        raise Interrupted(signal.SIGINT)
+
+    monkeypatch.setattr(Records, "open", interrupted)
+    with pytest.raises(Interrupted) as caught:
+        run("finetune_lowmem", "r")
+    assert caught.value.go_on == "the same command with --resume starts from the beginning"
+
+
+def test_a_run_in_another_thread_than_the_main_one_leaves_signals_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    failed = []
+
+    def enter():
+        try:
+            with signals.Signals():
+                assert signal.getsignal(signal.SIGTERM) is before
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert not failed

@@ -25,7 +25,7 @@ def load(name):
     tokenizer, max_tokens = tokenizing.load(str(name))
     rows = [common.check_row(row, number, "rows") for number, row in enumerate(many_rows(3))]
     data = common.HellaSwag(common.training_sequences(rows, tokenizer, "harness", max_tokens), [], max_tokens)
-    models.require_host_memory(str(name), torch.float32)
+    models.require_room(str(name), torch.float32)
     lm = models.load(str(name), torch.float32, "layers", nullcontext)
     lm.check(data)
     return lm

@@ -177,7 +177,7 @@ def test_host_memory_for_making_weights_whole_is_checked_before(tmp_path, monkey
     quantized, _ = quantized_pair(tmp_path, make_model(), as_fp8_blocks, FP8)
     monkeypatch.setattr(memory, "free_host_memory", lambda: 1000)
     with pytest.raises(UserError, match="is not stored in bf16 but as fp8: to convert it takes 0.0 GiB of host memory"):
-        placement.require_host_memory(str(quantized), budget=2**40)
+        placement.require_room(str(quantized), budget=2**40)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ import random
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from lowmem.training import parallel
+from lowmem.training.parallel import ceil_div
 
 IGNORE = -100  # label of a position that is not trained: F.cross_entropy's default ignore_index
 
@@ -71,11 +73,6 @@ class Batch:
         )
 
 
-def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
-
-
 def pad_batch(batch: Batch, rows: int, targets: int) -> Batch:
     """The batch filled up to `rows` rows of zeros and to `targets` targets of weight 0; never cut."""
     more_rows, more = max(0, rows - len(batch.ids)), max(0, targets - len(batch.targets))
@@ -101,6 +98,8 @@ class Data:
     max_tokens: int
     multiple: int = 8
     eval_tokens: int = 1024
+
+    SCORES: ClassVar[dict[str, tuple[str, str, str]]] = {}  # of a score: what it is called, its unit, its format
 
     def batch(self, sequences: list[Sequence]) -> Batch:
         """The sequences right-padded with zeros to one length; causality hides the padding."""
@@ -166,10 +165,10 @@ class Data:
         """Rows of a rank's largest training batch."""
         return ceil_div(min(batch_size, len(self.train) or batch_size), parallel.world_size())
 
-    def planned_steps(self, batch_size: int, epochs: int, max_steps: int | None) -> int:
+    def planned_steps(self, args) -> int:
         """Steps of a whole run. A resumed one counts what is done too, and so makes the same choices again."""
-        steps = epochs * ceil_div(len(self.train), batch_size)
-        return min(steps, max_steps or steps)
+        steps = args.epochs * ceil_div(len(self.train), args.batch_size)
+        return min(steps, args.max_steps or steps)
 
     def describe(self) -> str:
         """How much it is, for the reader."""

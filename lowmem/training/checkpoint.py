@@ -38,7 +38,12 @@ def last(run_dir: Path) -> Path | None:
         return None
     # raises OSError where there may be one that cannot be seen: not readable, or a link to a disk that is not there
     found = [f for f in folder.iterdir() if re.fullmatch("step-[0-9]+", f.name) and f.is_dir()]
-    return max(found, key=lambda f: int(f.name[5:]), default=None)
+    return max(found, key=step_of, default=None)
+
+
+def step_of(folder: Path) -> int:
+    """The step after which a checkpoint was made."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def keep_only(checkpoint: Path | None, run_dir: Path) -> None:
@@ -199,7 +204,7 @@ def wait_for_folder(folder: Path, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
-def size_in_bytes(trained: dict, optimizer: torch.optim.Optimizer) -> int:
+def bytes_needed(trained: dict, optimizer: torch.optim.Optimizer) -> int:
     """Bytes of a checkpoint."""
     weights = memory.size_in_bytes(trained.values())
     state = memory.size_in_bytes(x for tensors in optimizer.state.values() for x in tensors.values())

@@ -21,13 +21,16 @@ from lowmem.training.errors import Interrupted, UserError, chain, what_ran_out
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def set_up(args) -> torch.device:
-    """The device to train on; says what will be done, fetches the demo's files if asked for, seeds everything."""
+def set_up(args, method: str) -> torch.device:
+    """The device to train on; says what will be done, fetches the demo's files if asked for, seeds everything.
+
+    method: how it will be trained, for the reader.
+    """
     os.environ.setdefault(*ALLOCATOR)
     if torch.cuda.is_available() and parallel.under_torchrun():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    say_settings(args, device)
+    say_settings(args, method, device)
     import datasets
     import huggingface_hub
     import transformers
@@ -37,16 +40,20 @@ def set_up(args) -> torch.device:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     if args.demo:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # one for each machine
+        if not parallel.under_torchrun() or os.environ["LOCAL_RANK"] == "0":  # one for each machine
             demo.prepare()
         parallel.wait_for_all()
     run.seed_everything(args.seed)
     return device
 
 
-def say_settings(args, device: torch.device) -> None:
+def say_settings(args, method: str, device: torch.device) -> None:
     """Print what will be trained, on what, with what; all settings are in the run's config.json."""
-    name, cores = records.device_name(device), os.cpu_count()
+    where = records.device_name(device)
+    if device.type != "cuda":
+        where += f", {os.cpu_count()} cores"
+    if parallel.world_size() > 1:
+        where = f"{parallel.world_size()} x {where}"
     work = f"{args.epochs} epochs" if args.epochs else "evaluation only"
     if args.max_steps:
         work += f", at most {args.max_steps:,} steps"
@@ -56,10 +63,11 @@ def say_settings(args, device: torch.device) -> None:
     print(f"{args.script} {args.run_name}")
     records.say("model", args.model)
     records.say("dataset", args.dataset)
-    records.say("device", name if device.type == "cuda" else f"{name}, {cores} cores")
+    records.say("device", where)
     records.say("work", f"{work}, batches of {args.batch_size} rows, seed {args.seed}")
     records.say("learning rate", rate)
     records.say("trained", "all parameters" if args.trained == "all" else "the decoder layers")
+    records.say("method", method)
     records.say("results in", Path(args.output_dir) / args.run_name)
 
 
@@ -79,10 +87,10 @@ def start(main: Callable[[], object]) -> None:
         except (Interrupted, Exception) as error:
             _ignore_signals()  # as torchrun's, which comes when another process has ended
             line, code = _last_line(error)
-            _tell_torchrun(line or f"{type(error).__name__}: {error}", error)
+            _tell_torchrun(line or "".join(traceback.format_exception(error)), error)
             if line is None and not parallel.under_torchrun():
                 raise
-            if os.environ.get("RANK", "0") == "0":
+            if not parallel.under_torchrun() or os.environ["RANK"] == "0":
                 _print_last(line) if line else traceback.print_exception(error)
             if parallel.under_torchrun():
                 os._exit(code)  # what is under way between GPUs would wait for this process
@@ -102,11 +110,13 @@ def _interrupt(number, frame):
 
 def _last_line(error):
     """(the line that ends the command, None for an error that a user cannot mend; its exit code)."""
-    causes, go_on = chain(error), getattr(error, "go_on", "start the same command again")
+    causes = chain(error)
+    advised = next((e.go_on for e in causes if hasattr(e, "go_on")), None)
+    go_on = advised or "start the same command again"
     if interrupted := next((e for e in causes if isinstance(e, Interrupted)), None):
         return f"interrupted: {go_on}", 128 + interrupted.number  # a library may have made another error of it
     if isinstance(error, UserError):
-        return f"error: {error}" + (f"; {go_on}" if hasattr(error, "go_on") else ""), 2
+        return f"error: {error}; {advised}" if advised else f"error: {error}", 2
     line = next(filter(None, map(what_ran_out, causes)), None)
     if isinstance(error, BrokenPipeError):
         line = "nothing reads what the run prints any more"
@@ -127,7 +137,7 @@ def _tell_torchrun(line, error):
     """Write the last line where torchrun looks for it: of all processes it names the one that failed first."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun compares whole seconds: what failed for want of another process comes after it
-        seconds = int(time.time()) + 2 * any(map(_is_of_a_connection, chain(error)))
+        seconds = int(time.time()) + (2 if any(map(_is_of_a_connection, chain(error))) else 0)
         Path(file).write_text(json.dumps({"message": line, "timestamp": seconds}))
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -91,25 +92,34 @@ def check_head(
     behind the small logits of an untrained model. Tolerance 0.5 %, or what rounding to bf16 does to the loss of a
     single target: its logit and the largest one are off by up to 1/256 of the largest each.
     """
-    name, was_training, gain = type(network).__name__, network.training, [1.0]
+    name, was_training = type(network).__name__, network.training
     network.eval()
-    handle = head.layer.register_forward_pre_hook(lambda module, args: (args[0] * gain[0],))
     try:
         hidden = network.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1)[batch.positions]
-        for gain[0] in (1.0, 50 / max(head.logits(hidden).abs().max().item(), 1e-6)):
-            logits = network(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)[batch.positions]
+        for gain in (1.0, 50 / max(head.logits(hidden).abs().max().item(), 1e-6)):
+            with scaled_input(head.layer, gain):
+                logits = network(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)[batch.positions]
             own, largest = F.cross_entropy(logits.float(), batch.targets).item(), logits.abs().max().item()
             if not math.isfinite(own):
                 raise UserError(f"the model's own loss is {own}: its weights are damaged or too large; get it again")
             for what, loss in losses.items():
-                ours = loss(hidden * gain[0]).item()
+                ours = loss(hidden * gain).item()
                 if not abs(ours - own) <= max(0.005, 0.005 * own, largest / 128):
                     raise UserError(
                         f"{name} is not supported: {what} gives a loss of {ours:.4f} where the model's own is "
-                        f"{own:.4f} (head input times {gain[0]:.3g}); its head does more than scale, multiply, add and "
+                        f"{own:.4f} (head input times {gain:.3g}); its head does more than scale, multiply, add and "
                         "soft-cap"
                     )
     finally:
-        handle.remove()
         network.train(was_training)
+
+
+@contextmanager
+def scaled_input(layer: torch.nn.Module, gain: float) -> Iterator[None]:
+    """In this context the layer's input is multiplied by `gain`."""
+    handle = layer.register_forward_pre_hook(lambda module, args: (args[0] * gain,))
+    try:
+        yield
+    finally:
+        handle.remove()

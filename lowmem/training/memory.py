@@ -28,7 +28,7 @@ class Memory:
     """
 
     def __init__(self, device: torch.device):
-        """Begin with the phase "load", which counts what was taken before, since the process began."""
+        """Begin with the phase "load", which counts from the last reset of the allocator's peaks, before, on."""
         self.on_gpu, self.peaks = device.type == "cuda", {}
         self._begin("load")
 

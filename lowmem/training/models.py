@@ -26,7 +26,7 @@ class CausalLM:
 
     @property
     def name(self) -> str:
-        """The architecture's."""
+        """Name of the architecture's class."""
         return type(self.network).__name__
 
     @property
@@ -36,12 +36,12 @@ class CausalLM:
 
     @property
     def trained_parameters(self) -> int:
-        """Their number."""
+        """Number of parameters that are trained."""
         return sum(p.numel() for p in self.trained.values())
 
     @property
     def total_parameters(self) -> int:
-        """Their number."""
+        """Number of all parameters."""
         return sum(p.numel() for p in self.network.parameters())
 
     def logits(self, batch: Batch) -> torch.Tensor:
@@ -61,20 +61,18 @@ class CausalLM:
         parallel.reshard(self.network)
         return log_probs
 
-    def check(self, data: Data, **losses: Callable[..., torch.Tensor]) -> None:
-        """Refuse a model that is not causal, or whose own loss differs from evaluation's or from any of `losses`.
+    def check(self, data: Data, cross_entropy: Callable[..., torch.Tensor] | None = None) -> None:
+        """Refuse a model that is not causal, or whose own loss differs from evaluation's or from `cross_entropy`.
 
-        losses: functions (head, hidden [n, width], targets [n], weights [n]) -> loss. Raises UserError.
+        cross_entropy: function (head, hidden [n, width], targets [n], weights [n]) -> loss. Raises UserError.
         """
         batch = data.small().to(next(iter(self.trained.values())).device)
         check_causal(self, data, batch)
-        of_hidden = {"evaluation": lambda hidden: -self.head.log_probs(hidden, batch.targets).mean()}
-        for name, loss in losses.items():
-            of_hidden[name.replace("_", " ")] = lambda hidden, loss=loss: loss(
-                self.head, hidden, batch.targets, batch.weights
-            )
+        losses = {"evaluation": lambda hidden: -self.head.log_probs(hidden, batch.targets).mean()}
+        if cross_entropy:
+            losses["cross entropy"] = lambda hidden: cross_entropy(self.head, hidden, batch.targets, batch.weights)
         with torch.no_grad(), self.precision():
-            heads.check_head(self.network, self.head, batch, of_hidden)
+            heads.check_head(self.network, self.head, batch, losses)
 
     def uses_rng_in_forward(self, batch: Batch) -> bool:
         """Whether a training pass draws random numbers (dropout, noise), by the random state before and after one."""
@@ -96,10 +94,13 @@ def load(name: str, dtype: torch.dtype, trained: str, precision: Callable[[], Ab
     """
     network = weights.load(name, dtype)
     chosen = choose_trained(network, trained)
+    if parallel.world_size() == 1:  # of several ranks `fsdp.shard` does that
+        for p in chosen.values():  # transformers has routers in fp32 from 5.24 on, whatever their files hold
+            p.data = p.data.to(dtype)
     return CausalLM(network, heads.Head(network), chosen, precision)
 
 
-def require_host_memory(name: str, dtype: torch.dtype) -> None:
+def require_room(name: str, dtype: torch.dtype) -> None:
     """Raise UserError if the weights of `name`, as `dtype`, do not fit into the host's free memory."""
     if parallel.world_size() == 1:  # of several ranks, each reads and converts its part
         network, _ = source.empty_model(name, dtype)
@@ -181,8 +182,9 @@ def check_causal(lm: CausalLM, data: Data, batch: Batch) -> None:
 
     Training and evaluation pad on the right without a mask, which causality alone makes right.
     """
-    network, largest = lm.network, data.largest_id()
-    size, half, was_training = network.get_input_embeddings().num_embeddings, batch.ids.shape[1] // 2, network.training
+    network, was_training = lm.network, lm.network.training
+    largest, size = data.largest_id(), network.get_input_embeddings().num_embeddings
+    half = batch.ids.shape[1] // 2
     if largest >= size:
         raise UserError(
             f"the tokenizer gives ids up to {largest} where {lm.name} knows {size}: they do not belong together"

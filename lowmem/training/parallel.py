@@ -38,9 +38,14 @@ def own_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
 def rows_of_rank(count: int) -> slice:
     """The rows that this rank holds of a sharded tensor's `count`, as torch.chunk deals them."""
-    each = -(-count // world_size())
+    each = ceil_div(count, world_size())
     return slice(min(rank() * each, count), min((rank() + 1) * each, count))
 
 

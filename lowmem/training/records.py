@@ -2,7 +2,6 @@
 
 import json
 import platform
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -68,10 +67,6 @@ class Records:
         """Write a whole file."""
         if self.written:
             write_whole(self.folder / name, text)
-
-    def write_lines(self, name: str, rows: Iterable[dict]) -> None:
-        """Write a jsonl file."""
-        self.write(name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def close(self) -> None:
         """Close what is open."""

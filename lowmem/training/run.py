@@ -87,13 +87,12 @@ class Run:
         """
         self.args, self.lm, self.tokenizer, self.optimizer, self.data = args, lm, tokenizer, optimizer, data
         self.score, self.all_at_home = evaluate, all_at_home
-        sizes = [p.numel() * p.element_size() for p in map(parallel.own_rows, lm.trained.values())]
-        self.gradients = ("gradients", sum(sizes))
+        self.gradients = ("gradients", memory.size_in_bytes(map(parallel.own_rows, lm.trained.values())))
         if one_gradient:
             self.gradients = ("largest gradient", max(memory.size_in_bytes([p]) for p in lm.trained.values()))
         self.device = next(iter(lm.trained.values())).device
         self.memory = memory.Memory(self.device)
-        self.steps = data.planned_steps(args.batch_size, args.epochs, args.max_steps)
+        self.steps = data.planned_steps(args)
         self.dir = Path(args.output_dir) / args.run_name
         self.progress = {
             "epoch": 1, "batch": 0, "step": 0, "rows": 0, "tokens": 0, "target_tokens": 0, "train_seconds": 0.0,
@@ -119,18 +118,19 @@ class Run:
         if parallel.rank() == 0:
             self.state["fingerprints"] = checkpoint.fingerprints(self.lm, self.data)
             self._claim_folder(opened)
+        opened.push(self._advise)
         parallel.wait_for_all()
         checkpoint.wait_for_folder(self.dir)
         self.records = records.Records(self.dir)
         self.signals = opened.enter_context(Signals())
         self.signalled = SignalOnAnyRank(self.signals)
-        found, metrics = checkpoint.last(self.dir) if args.resume else None, b""
         seed_everything(args.seed)  # whatever loading and the start-up checks drew
-        if found:
+        metrics = b""
+        if found := checkpoint.last(self.dir) if args.resume else None:
+            self.saved_step = checkpoint.step_of(found)
             with self.all_at_home():
                 state, metrics = checkpoint.load(found, self.lm.trained, optimizer)
             self.progress = state["progress"]
-            self.saved_step = self.progress["step"]
             print(f"resuming after step {self.saved_step}")
         elif args.resume:
             print("there is no checkpoint yet: starting from the beginning")
@@ -143,27 +143,31 @@ class Run:
         self.bad_steps_seen = torch.zeros((), dtype=torch.int64, pin_memory=self.device.type == "cuda")
         opened.callback(self.records.close)
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, *error):
+        return self.opened.__exit__(*error)
+
+    def _advise(self, kind, error, trace):
+        """Tell an error that ends the run how it goes on."""
         if error is not None and not isinstance(error, Diverged):
             step = self.saved_step
             where = "starts from the beginning" if step is None else f"goes on from step {step}"
             error.go_on = f"the same command with --resume {where}"
-        self.opened.close()
 
     def _claim_folder(self, opened):
         """Make and lock the run's folder, after all is found that would keep it from being filled. Raises UserError."""
-        args, network, found = self.args, self.lm.network, None
+        args, network = self.args, self.lm.network
         if not args.no_save_model:
             if parallel.world_size() > 1:
                 what = "the fine-tuned model, gathered to be saved (--no_save_model leaves it out),"
                 memory.require_host_memory(memory.size_in_bytes(network.parameters()), what)
             self.origin = saved_model.Origin.of(args.model)
             saved_model.check_settings(args.model, network.config, self.tokenizer, self.origin)
-        if args.resume and (found := checkpoint.last(self.dir)):
+        found = checkpoint.last(self.dir) if args.resume else None
+        if found:
             checkpoint.require_same_inputs(args, found, self.state["fingerprints"])
         size = 0 if args.no_save_model else self._model_bytes()
         if args.epochs:  # an old checkpoint stays until the new one is whole
-            size += (1 if found else 2) * checkpoint.size_in_bytes(self.lm.trained, self.optimizer)
+            size += (1 if found else 2) * checkpoint.bytes_needed(self.lm.trained, self.optimizer)
         checkpoint.require_disk(self.dir, size, "what this run saves")
         try:
             self.dir.mkdir(parents=True, exist_ok=args.resume)
@@ -171,7 +175,7 @@ class Run:
             raise UserError(f"{self.dir} was made meanwhile by another process: take another --run-name") from error
         (self.dir / "metrics.jsonl").touch()
         opened.enter_context(checkpoint.lock(self.dir))
-        checkpoint.keep_only(found, self.dir)  # a kill may have left more
+        checkpoint.keep_only(checkpoint.last(self.dir), self.dir)  # a kill may have left more
 
     @property
     def stopped(self) -> bool:
@@ -309,9 +313,9 @@ class Run:
                 f"evaluation after {step} steps gives scores that are not finite: "
                 + (why if step else "the weights are damaged")
             )
-        self.records.write_lines(f"eval_epoch{epoch}.jsonl", found.rows)
+        self.records.write(f"eval_epoch{epoch}.jsonl", "".join(json.dumps(row) + "\n" for row in found.rows))
         words = [
-            f"{what} {found.values[name]:.2f} {unit}".strip() for name, (what, unit, _) in self.data.SCORES.items()
+            f"{what} {found.values[k]:{form}} {unit}".strip() for k, (what, unit, form) in self.data.SCORES.items()
         ]
         print(f"epoch {epoch}: {', '.join(words)}")
         self.progress["eval"].append({"epoch": epoch, "step": step, "rows": len(found.rows), **found.values})

@@ -190,7 +190,7 @@ def _compare(folder, model, tokenizer, weights):
         for name, tensor in own.items():
             again = load_offloaded_parameter(found, name) if there[name].is_meta else there[name]
             check(again.shape == tensor.shape, f"the shape of {name}")
-            check(again.dtype in (tensor.dtype, torch.float32), f"the type of {name}")  # fp32: see `weights.load`
+            check(again.dtype in (tensor.dtype, torch.float32), f"the type of {name}")  # fp32: see `models.load`
             check(torch.equal(_bytes(again.to(tensor.dtype)), _bytes(tensor.cpu())), name)
     types, count, size = {tensor.dtype for tensor in own.values()}, 0, 0
     for file in folder.glob("*.safetensors"):  # what was loaded was converted to the type that the configuration names

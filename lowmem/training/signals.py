@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +29,8 @@ class Signals:
         self.number, self.held = None, False
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._received) for number in NUMBERS}
+        alone = threading.current_thread() is threading.main_thread()  # no other may handle signals
+        self.before = {number: signal.signal(number, self._received) for number in (NUMBERS if alone else ())}
         return self
 
     def __exit__(self, *_):

@@ -13,7 +13,7 @@ def load(name: str, dtype: torch.dtype) -> torch.nn.Module:
     """The causal LM `name` (hub id or folder) with weights of `dtype`, in host memory. Raises UserError.
 
     Of several ranks each has the weights as they are stored: mapped, not read, except that transformers merges the
-    matrices of experts into one, and quantised ones are made whole. `shard` reads and converts its part.
+    matrices of experts into one, and quantised ones are made whole. `fsdp.shard` reads and converts its part.
     """
     from transformers import AutoModelForCausalLM
 
@@ -39,9 +39,6 @@ def load(name: str, dtype: torch.dtype) -> torch.nn.Module:
             model = _whole(model, dtype)
         elif as_stored:
             _compute_buffers(model, dtype)
-    for p in model.parameters():  # transformers has routers in fp32 from 5.24 on, though their files hold bf16
-        if p.dtype != dtype and not as_stored and torch.equal((exact := p.data.to(dtype)).to(p.dtype), p.data):
-            p.data = exact
     model.config.dtype = dtype
     if missing := sorted(report["missing_keys"]):
         raise UserError(
@@ -79,7 +76,7 @@ def _check_conversions(name, dtype):
 def _check_scales(name):
     """Refuse quantised weights without a scale: transformers takes what is stored of FP8 for the weight itself.
 
-    Run where loading is explained.
+    To be called within `source.explain_loading`.
     """
     if whole := source.file(name, "model.safetensors"):  # which transformers takes first
         files = [whole]
@@ -107,7 +104,8 @@ def _whole(model, dtype):
     """The weights of a model that was quantised, as `dtype` in one that never was. Raises UserError.
 
     The one that was keeps of it what would be saved with it: conversions, scales, modules. What transformers loads in
-    fp32 whatever the dtype, as DeepSeek-V3's e_score_correction_bias, stays so. Run where loading is explained.
+    fp32 whatever the dtype, as DeepSeek-V3's e_score_correction_bias, stays so. To be called within
+    `source.explain_loading`.
     """
     if model.is_quantized:
         model = model.dequantize(dtype)
