@@ -167,8 +167,10 @@ class HeadInPieces(Head):
             [F.linear(hidden, *piece) for _, *piece in self.weight_pieces()], -1
         )
 
-    def logits(self, hidden):
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 [n, vocabulary] logits of hidden [n, width]."""
         return torch.cat([self.piece_logits(hidden, *piece) for _, *piece in self.weight_pieces()], -1)
 
-    def log_probs(self, hidden, targets):
+    def log_probs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """fp32 [n]: log-probability of targets [n] after hidden [n, width]."""
         return LinearCrossEntropy.apply(hidden, targets, self.weight, self.bias, self)

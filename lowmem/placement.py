@@ -9,17 +9,9 @@ from functools import wraps
 
 import torch
 
+from lowmem import streaming
 from lowmem.adafactor import Adafactor, as_matrix
 from lowmem.sharding import ShardedHead
-from lowmem.streaming import (
-    SLOTS,
-    CopyStreams,
-    StreamedHead,
-    StreamedLayers,
-    can_stay_on_host,
-    page_locked,
-    rows_from_host,
-)
 from lowmem.training import fsdp, memory, models, parallel, records, source
 from lowmem.training.batches import Batch, Data
 from lowmem.training.errors import UserError, refuse_what_fails
@@ -49,7 +41,9 @@ class Placement:
     that runs the model, `all_at_home` for saving: the protocol of `StreamedLayers`.
     """
 
-    def __init__(self, lm: CausalLM, copies: CopyStreams, layers: StreamedLayers, embeddings_on_host: bool):
+    def __init__(
+        self, lm: CausalLM, copies: streaming.CopyStreams, layers: streaming.StreamedLayers, embeddings_on_host: bool
+    ):
         self.precision, self.copies, self.layers = lm.precision, copies, layers
         self.embeddings_on_host = embeddings_on_host
         self.send_home, self.all_at_home = layers.send_home, layers.all_at_home
@@ -100,7 +94,7 @@ def require_room(name: str, budget: int) -> None:
         kind = f"not stored in bf16 but as {stored or 'an unknown type'}"
         memory.require_host_memory(size, f"{name} is {kind}: to convert it")
         return
-    slots = SLOTS * memory.size_in_bytes(models.decoder_layers(network)[-1].parameters())
+    slots = streaming.SLOTS * memory.size_in_bytes(models.decoder_layers(network)[-1].parameters())
     if size - max(0, budget - CONTEXT_BYTES - slots) > free:
         raise UserError(
             f"{name} takes {size / memory.GIB:.1f} GiB in bf16: {budget / memory.GIB:.1f} GiB of the GPU and "
@@ -149,7 +143,7 @@ def say_plan(plan: Plan, depth: int, budget: int) -> None:
     """Print what was chosen for the GPU's memory, of a model with `depth` layers."""
     where = [f"{depth - plan.streamed} of {depth} decoder layers on the GPU"]
     if plan.streamed:
-        where.append(f"{plan.streamed} streamed through {SLOTS} slots")
+        where.append(f"{plan.streamed} streamed through {streaming.SLOTS} slots")
     if plan.head_streams:
         where.append("the head streamed")
     records.say("weights", ", ".join(where))
@@ -161,18 +155,18 @@ def place_within(lm: CausalLM, plan: Plan, device: torch.device) -> Placement:
 
     May be called again as long as no layer has streamed.
     """
-    copies, alike = CopyStreams(device), streamable_layers(lm.network)
+    copies, alike = streaming.CopyStreams(device), streamable_layers(lm.network)
     lm.head = Head(lm.network)
     vars(lm.head.layer).pop("forward", None)  # of an earlier placement
     if plan.head_streams:
-        lm.head = StreamedHead(lm.network, copies, device)
+        lm.head = streaming.StreamedHead(lm.network, copies, device)
     on_host = keep_on_host(lm.network, device, head=plan.head_streams)
     # each in the middle of its stretch: a layer that stays costs time at either end, where no copy hides it
     streamed = [alike[len(alike) * (2 * k + 1) // (2 * plan.streamed)] for k in range(plan.streamed)]
     for layer in lm.layers:
         for tensor in (*layer.buffers(), *([] if layer in streamed else layer.parameters())):
             tensor.data = tensor.data.to(device)
-    return Placement(lm, copies, StreamedLayers(streamed, copies, device), on_host)
+    return Placement(lm, copies, streaming.StreamedLayers(streamed, copies, device), on_host)
 
 
 def place_shards(lm: CausalLM, device: torch.device, head_stays: bool = False) -> Placement:
@@ -189,8 +183,8 @@ def place_shards(lm: CausalLM, device: torch.device, head_stays: bool = False) -
     for tensor in lm.layers.buffers():
         tensor.data = tensor.data.to(device)
     lm.head = ShardedHead(lm.network, device) if in_pieces else Head(lm.network)
-    copies = CopyStreams(device)
-    return Placement(lm, copies, StreamedLayers([], copies, device), on_host)
+    copies = streaming.CopyStreams(device)
+    return Placement(lm, copies, streaming.StreamedLayers([], copies, device), on_host)
 
 
 def keep_on_host(network: torch.nn.Module, device: torch.device, head: bool = False) -> bool:
@@ -202,7 +196,7 @@ def keep_on_host(network: torch.nn.Module, device: torch.device, head: bool = Fa
     """
     embeddings, output = network.get_input_embeddings(), network.get_output_embeddings()
     tied, layers = embeddings.weight is output.weight, models.decoder_layers(network)
-    on_host = device.type == "cuda" and can_stay_on_host(embeddings) and (head or not tied)
+    on_host = device.type == "cuda" and streaming.can_stay_on_host(embeddings) and (head or not tied)
     staying = [*layers.parameters(), *layers.buffers()]
     staying += [embeddings.weight] if on_host else []
     staying += [output.weight] if head else []
@@ -212,8 +206,8 @@ def keep_on_host(network: torch.nn.Module, device: torch.device, head: bool = Fa
             tensor.data = tensor.data.to(device)
     vars(embeddings).pop("forward", None)
     if on_host:
-        embeddings.weight.data = page_locked(embeddings.weight.data, device)
-        embeddings.forward = lambda ids: rows_from_host(embeddings.weight, ids)
+        embeddings.weight.data = streaming.page_locked(embeddings.weight.data, device)
+        embeddings.forward = lambda ids: streaming.rows_from_host(embeddings.weight, ids)
     return on_host
 
 
@@ -223,7 +217,7 @@ def head_can_leave_gpu(network: torch.nn.Module) -> bool:
     return (
         type(output) is torch.nn.Linear
         and not output.weight.requires_grad
-        and (embeddings.weight is not output.weight or can_stay_on_host(embeddings))
+        and (embeddings.weight is not output.weight or streaming.can_stay_on_host(embeddings))
     )
 
 
@@ -251,7 +245,7 @@ def fit_to_budget(budget: int, rest: int, layers: int, layer: int, head: int | N
     head once. Raises UserError with the least budget that works.
     """
     resident = rest + layers * layer
-    least = min(resident, rest + SLOTS * layer + layers * layer // BYTES_PER_PAGE_ENTRY)
+    least = min(resident, rest + streaming.SLOTS * layer + layers * layer // BYTES_PER_PAGE_ENTRY)
     if resident + (head or 0) <= budget:
         return Plan(0, False, resident + (head or 0))
     if resident <= budget:
@@ -284,7 +278,9 @@ def plan_placement(
     network, layers, alike = lm.network, lm.layers, streamable_layers(lm.network)
     output = network.get_output_embeddings()
     can_stream = head_can_leave_gpu(network) and output.weight.nbytes > 2 * HEAD_PIECE_BYTES and not head_stays
-    with first_layers(network, 1 + max((list(layers).index(layer) for layer in alike[:SLOTS]), default=0)) as few:
+    with first_layers(
+        network, 1 + max((list(layers).index(layer) for layer in alike[: streaming.SLOTS]), default=0)
+    ) as few:
         placed = place_within(lm, Plan(0, can_stream), device)
         measured, outside = measure_one_step(lm, placed, batches, training_loss, update_in_backward)
         rest = measured - memory.size_in_bytes([*few.parameters(), *few.buffers()])

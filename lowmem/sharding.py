@@ -3,6 +3,7 @@ lowmem/training/fsdp.py.
 """
 
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,7 @@ class ShardedHead(HeadInPieces):
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before 2.13
         return all_gather(self.buffers[k % 2], self.layer.own_rows[k], async_op=True)
 
-    def weight_pieces(self):
+    def weight_pieces(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
         """Yield (slice of the vocabulary, its weights on the device, its bias or None); each is used up by the next."""
         count, vocabulary = len(self.layer.own_rows), len(self.weight)
         coming = self._gather(0)

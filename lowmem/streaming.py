@@ -194,7 +194,7 @@ class StreamedHead(HeadInPieces):
     def _fetch(self, k):
         self.copies.fetch(self._on_device(k), self.weight.data[self.pieces[k]], key=("head", k % 2))
 
-    def weight_pieces(self):
+    def weight_pieces(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
         """Yield (slice of the vocabulary, its weights on the device, its bias or None); each is used up by the next."""
         for k, piece in enumerate(self.pieces):
             self.copies.wait(("head", k % 2))

@@ -111,7 +111,7 @@ def test_host_memory_is_checked_before_anything_is_loaded(tmp_path, monkeypatch)
         network.to(dtype).save_pretrained(tmp_path / str(dtype))
     bf16, fp16 = (str(tmp_path / f"torch.{name}") for name in ("bfloat16", "float16"))
     monkeypatch.setattr(memory, "free_host_memory", lambda: size - 1)
-    slots = placement.SLOTS * memory.size_in_bytes(models.decoder_layers(network)[0].parameters())
+    slots = placement.streaming.SLOTS * memory.size_in_bytes(models.decoder_layers(network)[0].parameters())
     placement.require_room(bf16, placement.CONTEXT_BYTES + slots + 1)  # that byte on the GPU
     with pytest.raises(UserError, match="of free host memory are too little"):
         placement.require_room(bf16, placement.CONTEXT_BYTES + slots)

@@ -215,7 +215,7 @@ def run_streamed(run, tmp_path, tokenizer, monkeypatch):
 
     Copies are done as late as what the script waits for allows.
     """
-    monkeypatch.setattr(placement, "CopyStreams", lambda device: LateCopies())
+    monkeypatch.setattr(placement.streaming, "CopyStreams", lambda device: LateCopies())
     plain, folder = placement.place_within, tmp_path / "five"
     make_model("llama-tied", num_hidden_layers=5).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

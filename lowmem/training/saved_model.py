@@ -29,7 +29,7 @@ class Origin:
     vocabulary: bytes | None
 
     @classmethod
-    def of(cls, name):
+    def of(cls, name: str) -> "Origin":
         """That of the model `name`, hub id or folder. A file that is damaged is left out and named."""
         from transformers import PreTrainedConfig
 

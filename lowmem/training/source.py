@@ -1,5 +1,7 @@
 """Where a model comes from: the files of its folder or hub repository, its configuration, what is wrong with them."""
 
+from __future__ import annotations
+
 import errno
 import importlib.util
 import inspect
@@ -9,10 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
+from typing import TYPE_CHECKING
 
 import torch
 
 from lowmem.training.errors import UserError, chain, what_ran_out
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 CODE = {"auto_map", "custom_pipelines"}  # settings that name Python files, which are neither run nor saved
 QUANTIZATION = {"quantization_config", "compression_config"}  # of whole weights; only others read the second
@@ -98,7 +104,7 @@ def say_adapters(name: str) -> None:
         print(f"the LoRA weights in {name} (adapter_config.json) are not used, only the full ones beside them")
 
 
-def read_config(name: str) -> tuple:
+def read_config(name: str) -> tuple[PreTrainedConfig, str | None]:
     """(configuration of `name`, hub id or folder; how its weights are quantised, or None).
 
     It has quantised weights loaded as whole ones, also where transformers would leave them as they are, on a GPU.
@@ -130,7 +136,7 @@ def read_config(name: str) -> tuple:
     return config, kind
 
 
-def empty_model(name: str, dtype: torch.dtype) -> tuple:
+def empty_model(name: str, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.dtype | str | None]:
     """(causal LM `name` of `dtype` on the meta device, how its files hold it), from its configuration alone.
 
     How they hold it: a dtype, or the name of a quantisation, or None if it is not said. Raises UserError.

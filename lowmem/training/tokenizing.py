@@ -1,14 +1,22 @@
 """The tokenizer of a model, read as its file says, and the longest text that the model takes."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from lowmem.training import source
 from lowmem.training.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 # Tokenizers that are not alike read it otherwise
 PROBE = "A man's 2 cats (x**2) sat.\nTHEY'RE 45% of it; naïve café, 東京 1234567\n"
 PROBE_START = 4  # tokens at its beginning that a space before the text, `add_prefix_space`, may change
 
 
-def load(name: str) -> tuple:
+def load(name: str) -> tuple[PreTrainedTokenizerBase, int]:
     """(tokenizer, most tokens the model takes) of `name`, hub id or folder. Raises UserError."""
     from transformers import AutoTokenizer
 
@@ -25,7 +33,7 @@ def load(name: str) -> tuple:
     return tokenizer, limit
 
 
-def as_its_file(tokenizer, name: str):
+def as_its_file(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer, or, where it reads a text otherwise than the tokenizer.json that it comes from, that file's own.
 
     transformers 4 reads the file; 5 builds a tokenizer anew from its vocabulary, after the pattern of the class that is
@@ -48,7 +56,7 @@ def as_its_file(tokenizer, name: str):
     return tokenizer
 
 
-def probed(encode):
+def probed(encode: Callable[[str], list[int]]) -> list[int]:
     """The ids of PROBE; none of a tokenizer without a token for characters that it does not know, which raises."""
     try:
         return encode(PROBE)
@@ -56,13 +64,13 @@ def probed(encode):
         return []
 
 
-def added_behind(tokenizer) -> int:
+def added_behind(tokenizer: PreTrainedTokenizerBase) -> int:
     """Number of tokens that the tokenizer adds behind a text, as one with `add_eos_token` adds EOS."""
     alone, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     return whole[::-1].index(alone[-1]) if alone and alone[-1] in whole else 0
 
 
-def length_limit(config, tokenizer):
+def length_limit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Most tokens the model takes, found as lm-evaluation-harness finds it: config, then tokenizer, then 2048."""
     config, longest = config.get_text_config(), tokenizer.model_max_length
     if not isinstance(longest, int | float):
