@@ -81,7 +81,7 @@ def test_a_signal_to_one_rank_while_it_loads_leaves_no_traceback(argv, commands)
     )
     assert code == 128 + signal.SIGINT
     assert other == (code, "", "")
-    assert last_line(err) == "interrupted: start the same command again"  # which says --resume
+    assert last_line(err) == "interrupted: the same command with --resume goes on from step 2"
 
 
 def test_torchrun_s_signal_does_not_cut_the_last_line_short(monkeypatch, capsys):
