@@ -54,7 +54,7 @@ def say_settings(args, method: str, device: torch.device) -> None:
         where += f", {os.cpu_count()} cores"
     if parallel.world_size() > 1:
         where = f"{parallel.world_size()} x {where}"
-    work = f"{args.epochs} epochs" if args.epochs else "evaluation only"
+    work = f"{args.epochs} epoch{'s' if args.epochs > 1 else ''}" if args.epochs else "evaluation only"
     if args.max_steps:
         work += f", at most {args.max_steps:,} steps"
     rate = f"{args.lr:g}, {args.schedule}"
