@@ -569,7 +569,7 @@ def test_resume_with_other_settings_is_refused_by_name(resume):
     """Each by itself, and several at once; the others may change."""
     for script, own in OWN_SETTINGS.items():
         for flag, *value in OTHER_SETTINGS + own:
-            said = f"other settings: {flag} [^;]+ is now {value[0] if value else True}$"
+            said = f"other settings: {flag} [^;]+ is now {value[0] if value else True}: give those it was started with"
             with pytest.raises(UserError, match=said):
                 resume(script, flag, *value)
         fixed = vars(resume(script)).keys() - checkpoint.SETTINGS_FREE_TO_CHANGE - {"script", "demo"}

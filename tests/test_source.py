@@ -61,10 +61,10 @@ def own_code(folder):
 AGAIN = "get it again"
 UP = "model.layers.1.mlp.up_proj.weight"
 DAMAGE = {
-    "no weights": (remove("*.safetensors"), "has not weights (*.safetensors): save model and tokenizer there"),
-    "pickled weights": (pickled, "has not weights (*.safetensors)"),
-    "no tokenizer": (remove("tokenizer*"), "has not a tokenizer"),
-    "no config": (remove("config.json"), "has not a config.json"),
+    "no weights": (remove("*.safetensors"), "has no weights (*.safetensors): save model and tokenizer there"),
+    "pickled weights": (pickled, "has no weights (*.safetensors)"),
+    "no tokenizer": (remove("tokenizer*"), "has no tokenizer"),
+    "no config": (remove("config.json"), "has no config.json"),
     "weights cut in two": (lambda f: cut(f / "model.safetensors"), AGAIN),
     "weights cut in their header": (lambda f: cut(f / "model.safetensors", 0.001), AGAIN),
     "weights empty": (lambda f: (f / "model.safetensors").write_bytes(b""), AGAIN),

@@ -93,9 +93,12 @@ def check_resume(args, run_dir: Path) -> None:
     if differing:
         why = ""
         if falls and any(setting.startswith(("--epochs", "--max_steps")) for setting in differing):
-            new = f"keep its length, or train on in a new run with --model {run_dir / 'model'}"
+            new = f"keep its length, or train on in a new run with --model {run_dir / 'model'} once that is finished"
             why = f" (--schedule {saved['schedule']} ends with the run: {new})"
-        raise UserError(f"--resume: {run_dir} was started with other settings: {'; '.join(differing)}{why}")
+        raise UserError(
+            f"--resume: {run_dir} was started with other settings: {'; '.join(differing)}{why}: give those it was "
+            "started with, or take another --run-name"
+        )
 
 
 def _settings_at_start(run_dir):

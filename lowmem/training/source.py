@@ -83,13 +83,13 @@ def check_folder(name: str) -> None:
             "merge_and_unload), save that with its tokenizer, and give that folder"
         )
     for files, what in (
-        ([folder / "config.json"], "a config.json"),
+        ([folder / "config.json"], "config.json"),
         (weights, "weights (*.safetensors)"),
-        ([*folder.glob("tokenizer*"), *folder.glob("vocab.*"), folder / "spiece.model"], "a tokenizer"),
+        ([*folder.glob("tokenizer*"), *folder.glob("vocab.*"), folder / "spiece.model"], "tokenizer"),
     ):
         if not any(file.exists() for file in files):
             raise UserError(
-                f"the model folder {folder} has not {what}: save model and tokenizer there with save_pretrained"
+                f"the model folder {folder} has no {what}: save model and tokenizer there with save_pretrained"
             )
 
 
