@@ -583,6 +583,7 @@ def test_resume_with_other_settings_is_refused_by_name(resume):
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_run_whose_rate_falls_must_keep_its_length(schedule, resume, tmp_path):
     rewritten(tmp_path / "lowmem", args=args_of(tmp_path / "lowmem") | {"schedule": schedule})
+    (tmp_path / "lowmem" / "summary.json").unlink()  # or the run is finished
     assert resume("finetune_lowmem", "--schedule", schedule, "--max_steps", 1).max_steps == 1
     for flag, value in (("--epochs", 9), ("--max_steps", 20)):
         said = rf"other settings: .*{flag} \S+ is now {value} .*{schedule} ends with the run: .* --model .*lowmem/model"

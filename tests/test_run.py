@@ -167,6 +167,7 @@ def test_a_model_that_is_a_link_is_replaced_and_what_it_leads_to_is_kept(run, tm
     _, folder = run("finetune_lowmem", "r", "--max_steps", 1, "--eval_rows", 2)
     shutil.rmtree(folder / "model")
     (folder / "model").symlink_to(tmp_path / "mine")
+    (folder / "summary.json").unlink()  # or the run is finished
     run("finetune_lowmem", "r", "--max_steps", 1, "--eval_rows", 2, "--resume")
     assert (folder / "model" / "config.json").exists()
     assert [f.name for f in (tmp_path / "mine").iterdir()] == ["keep"]
@@ -302,6 +303,23 @@ def test_resume_of_a_run_that_is_not_there_yet_says_so_and_starts_it(run, capsys
     assert "resuming after step 2" in said
     assert "there is no run" not in said
     assert summary["steps"] == 3
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_finished_run_is_left_as_it_is(epochs, run, capsys):
+    """Without training there is no checkpoint. What is missing of it is made again."""
+    little = LITTLE[:-1]  # the model is saved
+    _, folder = run("finetune_lowmem", "r", "--epochs", epochs, *little)
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    with pytest.raises(SystemExit) as ended:
+        run("finetune_lowmem", "r", "--epochs", epochs, *little, "--resume")
+    assert ended.value.code == 0
+    assert f"{folder} is finished: its scores are in summary.json, its model in model/" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+    with pytest.raises(UserError, match="--seed 42 is now 7"):
+        run("finetune_lowmem", "r", "--epochs", epochs, *little, "--resume", "--seed", 7)
+    (folder / "summary.json").unlink()
+    assert run("finetune_lowmem", "r", "--epochs", epochs, *little, "--resume")[0]["eval"][-1]["epoch"] == epochs
 
 
 def test_a_run_that_ends_before_its_first_checkpoint_starts_over(run, capsys):

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,5 +128,8 @@ def parse(made: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume and parallel.rank() == 0:
         with checkpoint.lock(run_dir):
             checkpoint.check_resume(args, run_dir)
-    parallel.wait_for_all()  # nothing is made before all have looked
+    if parallel.gather_objects(args.resume and checkpoint.is_finished(args, run_dir))[0]:  # all have looked
+        model = "" if args.no_save_model else ", its model in model/"
+        print(f"{run_dir} is finished: its scores are in summary.json{model}")
+        sys.exit(0)
     return args

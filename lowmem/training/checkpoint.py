@@ -82,7 +82,7 @@ def check_resume(args, run_dir: Path) -> None:
         if args.epochs < epoch:
             raise UserError(f"--resume: {run_dir} is in epoch {epoch} already: --epochs must be at least that")
     else:
-        saved = _settings_at_start(run_dir) or vars(args)
+        saved = _settings_at_start(args, run_dir) or vars(args)
     if saved.get("script") != args.script:
         raise UserError(f"--resume: {run_dir} was started with {saved.get('script')}.py: go on with that")
     falls = saved.get("schedule", "constant") != "constant"  # to 0 at the run's end, which then stays where it is
@@ -101,15 +101,28 @@ def check_resume(args, run_dir: Path) -> None:
         )
 
 
-def _settings_at_start(run_dir):
-    """The arguments of a run that ended before its first checkpoint, None of an empty folder. Raises UserError."""
+def is_finished(args, run_dir: Path) -> bool:
+    """Whether a run of these settings has left its summary, and its model if that is to be saved."""
+    try:
+        done = json.loads((run_dir / "summary.json").read_text())["args"]
+        same = all(done[name] == getattr(args, name) for name in ("epochs", "max_steps", "no_save_model"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return same and (args.no_save_model or (run_dir / "model").is_dir())
+
+
+def _settings_at_start(args, run_dir):
+    """The arguments of a run that ended before its first checkpoint, or without one; None of an empty folder.
+
+    Raises UserError.
+    """
     names = {f.name for f in run_dir.iterdir()} - {"config.partial", "metrics.jsonl"}  # which come before config.json
     try:
         saved = json.loads((run_dir / "config.json").read_text())
     except (OSError, ValueError):
         saved = None
     ours = isinstance(saved, dict) and {"script", "run_name"} <= saved.keys()
-    if names and not ours or "summary.json" in names:
+    if names and not ours or "summary.json" in names and not is_finished(args, run_dir):
         raise UserError(
             f"--resume: {run_dir} has no checkpoint and is not a run that ended before its first one: take another "
             "--run-name"
