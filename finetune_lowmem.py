@@ -83,15 +83,14 @@ def main(argv=None):
     tokenizer, max_tokens = tokenizing.load(args.model)
     data = common.load_hellaswag(args, tokenizer, max_tokens)
     kernels = cuda_graphs.choose_kernels(args, data, device)
-    rows = data.rows_per_rank(args.batch_size)
 
     # Model: weights in bf16 (1), on the GPU as far as they fit, each layer's activations made again in backward (4)
     budget = placement.budget_bytes(args.memory_budget, device)
     placement.require_room(args.model, budget)
     lm = models.load(args.model, torch.bfloat16, args.trained, precision)
+    lm.head_stays = args.cross_entropy == "cut"
     cuda_graphs.leave_out_masks(lm.network, data.longest())
-    head_stays = args.cross_entropy == "cut"
-    placed = placement.place(lm, data, device, budget, rows, kernels.graphs, loss_of, update_in_backward, head_stays)
+    placed = placement.place(lm, data, device, budget, kernels.graphs, loss_of, update_in_backward)
     lm.check(data, cross_entropy)
     uses_rng = lm.uses_rng_in_forward(data.small().to(device))  # then layers must draw the same again in backward
     models.checkpoint_activations(lm.network, context_fn=placed.recomputation, preserve_rng_state=uses_rng)
@@ -111,7 +110,7 @@ def main(argv=None):
     if uses_rng:
         kernels = cuda_graphs.no_graphs(kernels, data)  # each replay would draw the same numbers
     if kernels.graphs:
-        step, log_probs = cuda_graphs.as_graphs(step, log_probs, lm, optimizer, kernels, data, rows)
+        step, log_probs = cuda_graphs.as_graphs(step, log_probs, lm, optimizer, kernels, data)
 
     # Train
     evaluate = partial(common.evaluate, lm, data, device, log_probs)

@@ -115,15 +115,14 @@ def as_graphs(
     optimizer: Adafactor,
     kernels: Kernels,
     data: Data,
-    rows: int,
 ) -> tuple["Graphs", "Graphs"]:
-    """(step, log_probs) as CUDA graphs. rows: of a training batch, on this rank."""
+    """(step, log_probs) as CUDA graphs."""
     if kernels.compiled:
         compile_layers(lm.network)
         log_probs = torch.compiler.set_stance("force_eager")(log_probs)  # not worth a second compilation
-    warm_up(step, optimizer, rows, data.lengths(data.train))
+    warm_up(step, optimizer, data.rows_per_rank, data.lengths(data.train))
     pool = torch.cuda.graph_pool_handle()
-    step, log_probs = Graphs(step, pool, rows=rows), Graphs(log_probs, pool)
+    step, log_probs = Graphs(step, pool, rows=data.rows_per_rank), Graphs(log_probs, pool)
     for chosen in data.evaluation_order():
         log_probs.reserve(*data.shape([data.scored[at] for at in chosen]))
     return step, log_probs

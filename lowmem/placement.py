@@ -107,31 +107,28 @@ def place(
     data: Data,
     device: torch.device,
     budget: int,
-    rows: int,
     graphs: int,
     training_loss: Callable[[CausalLM, Batch], torch.Tensor],
     update_in_backward: Callable,
-    head_stays: bool = False,
 ) -> Placement:
     """The placement of the model's weights: on the GPU as far as they fit into `budget` bytes, the rest in host memory.
 
-    rows: of a training batch, on this rank. graphs: CUDA graphs that will be captured. What a step of training_loss
-    with update_in_backward needs is measured. head_stays: the head must be on the GPU as a whole. Sets
-    data.eval_tokens. Raises UserError with the least budget that works.
+    graphs: CUDA graphs that will be captured. What a step of training_loss with update_in_backward needs is measured.
+    Sets data.eval_tokens. Raises UserError with the least budget that works.
     """
     models.checkpoint_activations(lm.network)  # or more would be measured; the script says how layers run again
-    largest = data.largest(data.train or data.scored, rows)
+    largest = data.largest(data.train or data.scored, data.rows_per_rank)
     # Streamed or gathered from other GPUs, an evaluation batch costs a copy of the model: more tokens then, where
     # training keeps much more of each
     longest = max(data.lengths(data.scored))
     tokens = max(data.eval_tokens, 2 * largest.ids.numel(), longest)
     if parallel.world_size() > 1:
         data.eval_tokens = tokens
-        return place_shards(lm, device, head_stays)
+        return place_shards(lm, device)
     if device.type != "cuda":
         return place_within(lm, Plan(0, False), device)
     batches = largest, data.largest(data.scored, tokens // longest)
-    plan = plan_placement(lm, batches, graphs, budget, device, training_loss, update_in_backward, head_stays)
+    plan = plan_placement(lm, batches, graphs, budget, device, training_loss, update_in_backward)
     placed = place_within(lm, plan, device)
     if plan.streamed:
         data.eval_tokens = tokens
@@ -169,7 +166,7 @@ def place_within(lm: CausalLM, plan: Plan, device: torch.device) -> Placement:
     return Placement(lm, copies, streaming.StreamedLayers(streamed, copies, device), on_host)
 
 
-def place_shards(lm: CausalLM, device: torch.device, head_stays: bool = False) -> Placement:
+def place_shards(lm: CausalLM, device: torch.device) -> Placement:
     """Deal the weights out to the devices of all ranks, and set lm.head and lm.trained.
 
     Each rank has its rows of what is trained, and of a frozen head. Embeddings stay on the host where they can.
@@ -178,7 +175,7 @@ def place_shards(lm: CausalLM, device: torch.device, head_stays: bool = False) -
     for p in lm.network.parameters():
         if not parallel.is_sharded(p):
             p.data = p.data.to(torch.bfloat16)
-    in_pieces = head_can_leave_gpu(lm.network) and not head_stays
+    in_pieces = head_can_leave_gpu(lm)
     on_host = keep_on_host(lm.network, device, head=in_pieces)
     for tensor in lm.layers.buffers():
         tensor.data = tensor.data.to(device)
@@ -211,11 +208,12 @@ def keep_on_host(network: torch.nn.Module, device: torch.device, head: bool = Fa
     return on_host
 
 
-def head_can_leave_gpu(network: torch.nn.Module) -> bool:
+def head_can_leave_gpu(lm: CausalLM) -> bool:
     """Whether the head's weights need not be on the device as a whole."""
-    embeddings, output = network.get_input_embeddings(), Head(network).layer
+    embeddings, output = lm.network.get_input_embeddings(), Head(lm.network).layer
     return (
-        type(output) is torch.nn.Linear
+        not lm.head_stays
+        and type(output) is torch.nn.Linear
         and not output.weight.requires_grad
         and (embeddings.weight is not output.weight or streaming.can_stay_on_host(embeddings))
     )
@@ -267,7 +265,6 @@ def plan_placement(
     device: torch.device,
     training_loss: Callable[[CausalLM, Batch], torch.Tensor],
     update_in_backward: Callable,
-    head_stays: bool = False,
 ) -> Plan:
     """The plan that fills the GPU up to `budget` bytes, CUDA's context and other programs' use included.
 
@@ -277,7 +274,7 @@ def plan_placement(
     """
     network, layers, alike = lm.network, lm.layers, streamable_layers(lm.network)
     output = network.get_output_embeddings()
-    can_stream = head_can_leave_gpu(network) and output.weight.nbytes > 2 * HEAD_PIECE_BYTES and not head_stays
+    can_stream = head_can_leave_gpu(lm) and output.weight.nbytes > 2 * HEAD_PIECE_BYTES
     with first_layers(
         network, 1 + max((list(layers).index(layer) for layer in alike[: streaming.SLOTS]), default=0)
     ) as few:

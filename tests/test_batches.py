@@ -17,8 +17,8 @@ sequence = st.integers(2, 50).flatmap(
 )
 
 
-def settings_of(batch_size, epochs, max_steps=None):
-    return SimpleNamespace(batch_size=batch_size, epochs=epochs, max_steps=max_steps)
+def settings_of(epochs, max_steps=None):
+    return SimpleNamespace(epochs=epochs, max_steps=max_steps)
 
 
 def data_of(lengths, **how):
@@ -30,7 +30,7 @@ def data_of(lengths, **how):
 @given(st.lists(sequence, min_size=1, max_size=6), st.integers(1, 33), st.integers(0, 3), st.integers(0, 200))
 @settings(max_examples=150, deadline=None)
 def test_any_sequences_are_batched_and_padded(sequences, multiple, more_rows, more_targets):
-    data = Data(sequences, [], 50, multiple)
+    data = Data(sequences, [], 50, multiple=multiple)
     batch = data.batch(sequences)
     padded = pad_batch(batch, len(sequences) + more_rows, len(batch.targets) + more_targets)
     count = sum(s.targets for s in sequences)
@@ -96,22 +96,22 @@ def test_the_small_batch_has_two_short_rows_with_a_target_each():
 )
 @settings(max_examples=60, deadline=None)
 def test_an_epoch_deals_each_row_once_and_is_seeded(lengths, batch_size, seed, epoch):
-    data = data_of(lengths)
-    batches = data.training_order(batch_size, seed, epoch)
+    data = data_of(lengths, batch_size=batch_size)
+    batches = data.training_order(seed, epoch)
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
-    assert len(batches) == math.ceil(len(lengths) / batch_size) == data.planned_steps(settings_of(batch_size, 1))
-    assert batches == data.training_order(batch_size, seed, epoch)
+    assert len(batches) == math.ceil(len(lengths) / batch_size) == data.planned_steps(settings_of(1))
+    assert batches == data.training_order(seed, epoch)
 
 
 def test_an_epoch_s_order_saves_padding_and_changes_with_epoch_and_seed():
     rng = random.Random(0)
     lengths = [rng.randint(20, 160) for _ in range(2000)]
     data = data_of(lengths)
-    ordered = data.training_order(8, 42, 1)
+    ordered = data.training_order(42, 1)
     padded = sum(len(batch) * max(lengths[row] for row in batch) for batch in ordered)
     assert padded < 1.05 * sum(lengths), "rows of like length are not together"
-    assert ordered != data.training_order(8, 42, 2)
-    assert ordered != data.training_order(8, 43, 1)
+    assert ordered != data.training_order(42, 2)
+    assert ordered != data.training_order(43, 1)
 
 
 @given(st.lists(st.integers(2, 300), max_size=100), st.integers(1, 2000), st.integers(1, 33))
@@ -128,12 +128,12 @@ def test_an_evaluation_deals_each_sequence_once_in_batches_of_few_tokens(lengths
 
 
 def test_planned_steps_are_those_of_the_whole_run():
-    data = data_of([9] * 61)
+    data = data_of([9] * 61, batch_size=4)
     for epochs, max_steps, steps in ((2, None, 32), (2, 20, 20), (2, 99, 32), (0, None, 0), (0, 5, 0)):
-        assert data.planned_steps(settings_of(4, epochs, max_steps)) == steps
-    assert data.rows_per_rank(4) == 4
-    assert data.rows_per_rank(100) == 61
-    assert Data([], data.scored, 300).rows_per_rank(8) == 8
+        assert data.planned_steps(settings_of(epochs, max_steps)) == steps
+    assert data.rows_per_rank == 4
+    assert data_of([9] * 61, batch_size=100).rows_per_rank == 61
+    assert Data([], data.scored, 300).rows_per_rank == 8
     assert data_of([9, 12, 4]).longest() == 12
 
 

@@ -38,8 +38,8 @@ from lowmem.training.errors import UserError
 def test_graphs_and_compiling_come_where_they_pay(steps, scored, no_compile, expected):
     """On a GPU, a graph for each length that batches have: then multiples of 32."""
     train = [Sequence([5] * (2 + 32 * (k % 7)), 1) for k in range(steps)]
-    data = Data(train, [Sequence([5] * 1024, 1)] * scored, max_tokens=1024)
-    args = SimpleNamespace(batch_size=1, epochs=1, max_steps=None, no_compile=no_compile)
+    data = Data(train, [Sequence([5] * 1024, 1)] * scored, max_tokens=1024, batch_size=1)
+    args = SimpleNamespace(epochs=1, max_steps=None, no_compile=no_compile)
     assert cuda_graphs.choose_kernels(args, data, torch.device("cpu")) == cuda_graphs.Kernels(0, False)
     kernels = cuda_graphs.choose_kernels(args, data, torch.device("cuda"))
     assert (kernels.graphs, kernels.compiled) == expected

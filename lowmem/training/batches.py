@@ -89,13 +89,15 @@ class Data:
     """What a run trains on and is scored on, as sequences, and how they are put into batches.
 
     train: [Sequence], empty where nothing is trained. scored: [Sequence], the held-out ones.
-    max_tokens: most tokens that the model takes. multiple: batches are padded to a multiple of so many tokens.
+    max_tokens: most tokens that the model takes. batch_size: rows of a training batch, of all ranks together.
+    multiple: batches are padded to a multiple of so many tokens.
     eval_tokens: about so many tokens are evaluated at a time, on each rank.
     """
 
     train: list[Sequence]
     scored: list[Sequence]
     max_tokens: int
+    batch_size: int = 8
     multiple: int = 8
     eval_tokens: int = 1024
 
@@ -139,15 +141,16 @@ class Data:
         cut = [s.ids[-33:] for s in full]
         return self.batch([Sequence(ids, min(s.targets, len(ids) - 1)) for s, ids in zip(full, cut, strict=True)])
 
-    def training_order(self, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    def training_order(self, seed: int, epoch: int) -> list[list[int]]:
         """The epoch's batches as lists of indices: shuffled, then like lengths together in windows of 64 batches."""
         order = list(range(len(self.train)))
         rng = random.Random(f"{seed} {epoch}")
         rng.shuffle(order)
         batches = []
-        for start in range(0, len(order), 64 * batch_size):
-            window = sorted(order[start : start + 64 * batch_size], key=lambda at: len(self.train[at].ids))
-            window = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+        size = self.batch_size
+        for start in range(0, len(order), 64 * size):
+            window = sorted(order[start : start + 64 * size], key=lambda at: len(self.train[at].ids))
+            window = [window[i : i + size] for i in range(0, len(window), size)]
             rng.shuffle(window)
             batches += window
         return batches
@@ -161,13 +164,14 @@ class Data:
             yield order[:count]
             order = order[count:]
 
-    def rows_per_rank(self, batch_size: int) -> int:
+    @property
+    def rows_per_rank(self) -> int:
         """Rows of a rank's largest training batch."""
-        return ceil_div(min(batch_size, len(self.train) or batch_size), parallel.world_size())
+        return ceil_div(min(self.batch_size, len(self.train) or self.batch_size), parallel.world_size())
 
     def planned_steps(self, args) -> int:
         """Steps of a whole run. A resumed one counts what is done too, and so makes the same choices again."""
-        steps = args.epochs * ceil_div(len(self.train), args.batch_size)
+        steps = args.epochs * ceil_div(len(self.train), self.batch_size)
         return min(steps, args.max_steps or steps)
 
     def describe(self) -> str:

@@ -17,12 +17,16 @@ from lowmem.training.errors import UserError, refuse_what_fails
 
 @dataclass
 class CausalLM:
-    """A causal LM of transformers, its head, its trained parameters by name, and the context of each forward pass."""
+    """A causal LM of transformers, its head, its trained parameters by name, and the context of each forward pass.
+
+    head_stays: whether the loss needs the head's weights on the device as a whole.
+    """
 
     network: torch.nn.Module
     head: heads.Head
     trained: dict[str, torch.nn.Parameter]
     precision: Callable[[], AbstractContextManager]
+    head_stays: bool = False
 
     @property
     def name(self) -> str:

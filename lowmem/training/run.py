@@ -192,7 +192,7 @@ class Run:
             yield epoch
 
     def _order(self, epoch):
-        return self.data.training_order(self.args.batch_size, self.args.seed, epoch)
+        return self.data.training_order(self.args.seed, epoch)
 
     def expected_shapes(self) -> Iterator[tuple[int, int, int]]:
         """Yield the `Data.shape` of each batch of the first epoch, and of the later ones before the checkpoint.
@@ -388,14 +388,10 @@ class Run:
         seconds, gib = time.perf_counter() - start, size / memory.GIB
         self.read_back = {"tensors": tensors, "gib": gib, "seconds": seconds}
         print(f"the saved model, {tensors} tensors, {gib:.2f} GiB, was read back as trained in {seconds:.1f} s")
-        old = self.dir / "model.old"
-        shutil.rmtree(old, ignore_errors=True)
         if final.is_symlink():
             final.unlink()
-        elif final.exists():
-            final.rename(old)
+        shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
 
     def _model_bytes(self):
         """Bytes of the saved model on the disk, and of experts that are merged beside it while it is read back."""

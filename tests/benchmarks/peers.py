@@ -167,7 +167,7 @@ def worker(peer, shape, args, data, queue):
 
 def measure(peer, shape, args, data):
     train, (before, timed) = data.train, STEPS[shape]
-    order = data.training_order(8, 42, 1)[: before + timed]
+    order = data.training_order(42, 1)[: before + timed]
     batches = [hugging_face_batch([train[row] for row in rows]) for rows in order]
     if shape == "SmolLM2":
         model = weights.load(args.tokenizer, torch.bfloat16)
