@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -141,17 +142,14 @@ def read_rows(file: Path, max_rows: int) -> list[dict]:
         return pyarrow.parquet.read_table(file).slice(0, max_rows).to_pylist()
     rows = []
     with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+        numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        for number, line in islice(numbered, max_rows):
             try:
                 rows.append(json.loads(line))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{file}, line {number}, is not JSON ({str(error)[:100]}): get it again") from error
             if not isinstance(rows[-1], dict):
                 raise UserError(f"{file}, line {number}, is not a row, which is a JSON object: get it again")
-            if len(rows) == max_rows:
-                break
     return rows
 
 
@@ -230,9 +228,8 @@ def evaluation_rows(rows: list[dict], tokenizer, max_tokens: int) -> tuple[list[
     accuracy would be that of other rows.
     """
     texts = [harness_text(row) for row in rows]
-    pairs = _encode_with_bar(
-        tokenizer, [(query, " " + ending) for query, endings in texts for ending in endings], "tokenizing validation"
-    )
+    pairs = [(query, " " + ending) for query, endings in texts for ending in endings]
+    pairs = _encode_with_bar(tokenizer, pairs, "tokenizing validation")
     unscorable = []
     for at, (context, ids) in enumerate(pairs):
         row, ending = at // 4, texts[at // 4][1][at % 4]

@@ -285,7 +285,7 @@ def test_all_is_flushed_before_it_is_renamed(run, monkeypatch):
 
 
 FAULTS = {
-    "full while tensors are written": (checkpoint._HashedStream, "write", OSError(errno.ENOSPC, "No space left")),
+    "full while tensors are written": (checkpoint._HashedFile, "write", OSError(errno.ENOSPC, "No space left")),
     "over the quota while it is flushed": (os, "fsync", OSError(errno.EDQUOT, "Disk quota exceeded")),
     "a disk that fails": (checkpoint, "flush", OSError(errno.EIO, "Input/output error", "shard")),
     "interrupted": (checkpoint, "flush", Interrupted(2)),

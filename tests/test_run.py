@@ -241,7 +241,7 @@ def test_a_run_stopped_before_its_first_step_goes_on_bit_for_bit(script, flags, 
     flags = (*flags, "--batch_size", 4, "--eval_rows", 2, "--max_steps", 4, "--log_every", 1)
     _, whole = run(script, "whole", *flags)
     with monkeypatch.context() as patch:
-        patch.setattr(signals.SignalOnAnyRank, "__call__", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), True)[1])
+        patch.setattr(signals.Signals, "on_any_rank", lambda *_: (os.kill(os.getpid(), signal.SIGTERM), True)[1])
         with pytest.raises(Interrupted) as raised:
             run(script, "parts", *flags)
     assert raised.value.go_on == "the same command with --resume goes on from step 0"
@@ -576,7 +576,7 @@ def test_bad_gradients_on_a_gpu(streamed, how):
         if how == "compiled graphs":
             cuda_graphs.compile_layers(network)
         batches, step = [make_batch(seed, rows=8, length=64).to(device) for seed in range(6)], made.step
-        cuda_graphs.warm_up(step, made.optimizer, 8, {64}, device)
+        cuda_graphs.warm_up(step, made.optimizer, 8, {64})
         if how != "eager":
             step = cuda_graphs.Graphs(made.step, torch.cuda.graph_pool_handle(), rows=8)
         before = dict(zip((n for n, _ in network.named_parameters()), made.weights(), strict=True))

@@ -57,9 +57,7 @@ class Batch:
             return self
         ids, labels = (parallel.deal_to_ranks(x)[parallel.rank()] for x in (self.ids, self.labels))
         most = max((labels != IGNORE).sum().item() for labels in parallel.deal_to_ranks(self.labels))
-        if not len(ids):  # fewer rows than ranks
-            ids, labels = torch.zeros_like(self.ids[:1]), torch.full_like(self.labels[:1], IGNORE)
-        own = Batch.of(ids, labels, self.tokens)
+        own = Batch.of(ids, labels, self.tokens)  # of no rows where these are fewer than the ranks
         own = replace(own, rows=self.rows, target_tokens=self.target_tokens)
         own.weights.fill_(1 / self.target_tokens)
         return pad_batch(own, rows=ceil_div(self.rows, parallel.world_size()), targets=most)
@@ -137,9 +135,7 @@ class Data:
 
     def small(self) -> Batch:
         """Two rows of at most 32 tokens, for the start-up checks."""
-        full = (self.train or self.scored)[:2]
-        cut = [s.ids[-33:] for s in full]
-        return self.batch([Sequence(ids, min(s.targets, len(ids) - 1)) for s, ids in zip(full, cut, strict=True)])
+        return self.batch([Sequence(s.ids[-33:], min(s.targets, 32)) for s in (self.train or self.scored)[:2]])
 
     def training_order(self, seed: int, epoch: int) -> list[list[int]]:
         """The epoch's batches as lists of indices: shuffled, then like lengths together in windows of 64 batches."""

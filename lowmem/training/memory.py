@@ -29,24 +29,19 @@ class Memory:
 
     def __init__(self, device: torch.device):
         """Begin with the phase "load", which counts from the last reset of the allocator's peaks, before, on."""
-        self.on_gpu, self.peaks = device.type == "cuda", {}
-        self._begin("load")
-
-    def _begin(self, phase):
-        self.phase = phase
-        self.peaks.setdefault(phase, {"allocated": None, "reserved": None, "device": 0.0})
+        self.on_gpu, self.phase, self.peaks = device.type == "cuda", "load", {}
 
     def start(self, phase: str) -> None:
         """End the phase in progress and begin `phase`."""
         self.sample()
-        self._begin(phase)
+        self.phase = phase
         if self.on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def sample(self) -> float:
         """Update the phase's peaks; return its device peak in GiB."""
-        peak = self.peaks[self.phase]
+        peak = self.peaks.setdefault(self.phase, {"allocated": None, "reserved": None, "device": 0.0})
         if self.on_gpu:
             free, total = torch.cuda.mem_get_info()
             now = {

@@ -80,10 +80,7 @@ class CausalLM:
 
     def uses_rng_in_forward(self, batch: Batch) -> bool:
         """Whether a training pass draws random numbers (dropout, noise), by the random state before and after one."""
-
-        def state():
-            return torch.cuda.get_rng_state() if batch.ids.is_cuda else torch.get_rng_state()
-
+        state = torch.cuda.get_rng_state if batch.ids.is_cuda else torch.get_rng_state
         was_training, before = self.network.training, state()
         with torch.no_grad(), self.precision():
             self.network.train().base_model(input_ids=batch.ids, use_cache=False)

@@ -68,9 +68,8 @@ def wait_for_all() -> None:
 
 def gather_objects(value: object) -> list:
     """[each rank's value], of any type that pickle takes."""
-    values = [value]
+    values = [value] * world_size()
     if world_size() > 1:
-        values *= world_size()
         dist.all_gather_object(values, value)
     return values
 

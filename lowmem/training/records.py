@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lowmem.training import memory, parallel
-from lowmem.training.checkpoint import write_whole
+from lowmem.training.checkpoint import flush
 
 
 def say(what: str, text: object) -> None:
@@ -64,9 +64,12 @@ class Records:
         return (self.folder / "metrics.jsonl").read_bytes()
 
     def write(self, name: str, text: str) -> None:
-        """Write a whole file."""
+        """Write a file that is at every instant the old one or the new one."""
         if self.written:
-            write_whole(self.folder / name, text)
+            partial = (self.folder / name).with_suffix(".partial")
+            partial.write_text(text)
+            flush(partial)
+            partial.replace(self.folder / name)
 
     def close(self) -> None:
         """Close what is open."""

@@ -18,7 +18,7 @@ from lowmem.training import checkpoint, memory, parallel, records, saved_model
 from lowmem.training.batches import Batch, Data
 from lowmem.training.errors import Diverged, UserError
 from lowmem.training.models import CausalLM
-from lowmem.training.signals import SignalOnAnyRank, Signals
+from lowmem.training.signals import Signals
 
 BAD_STEPS = 20  # in a row, each with a loss or an update that is not finite, end a run
 SCHEDULES = {  # the part of --lr at a part, from 0 to 1, of the steps after the warm-up
@@ -123,7 +123,6 @@ class Run:
         checkpoint.wait_for_folder(self.dir)
         self.records = records.Records(self.dir)
         self.signals = opened.enter_context(Signals())
-        self.signalled = SignalOnAnyRank(self.signals)
         seed_everything(args.seed)  # whatever loading and the start-up checks drew
         metrics = b""
         if found := checkpoint.last(self.dir) if args.resume else None:
@@ -191,9 +190,6 @@ class Run:
                 self.progress.update(epoch=epoch, batch=0)
             yield epoch
 
-    def _order(self, epoch):
-        return self.data.training_order(self.args.seed, epoch)
-
     def expected_shapes(self) -> Iterator[tuple[int, int, int]]:
         """Yield the `Data.shape` of each batch of the first epoch, and of the later ones before the checkpoint.
 
@@ -201,7 +197,7 @@ class Run:
         """
         for epoch in range(1, self.progress["epoch"] + 1):
             end = self.progress["batch"] if 1 < epoch == self.progress["epoch"] else None
-            for rows in self._order(epoch)[:end]:
+            for rows in self.data.training_order(self.args.seed, epoch)[:end]:
                 yield self.data.shape([self.data.train[row] for row in rows])
 
     def batches(self, epoch: int) -> Iterator[Batch]:
@@ -209,7 +205,7 @@ class Run:
 
         While one is worked on, signals wait: a step is never cut in two.
         """
-        order = self._order(epoch)
+        order = self.data.training_order(self.args.seed, epoch)
         self.memory.start("train")
         self._start_clock()
         done = self.progress["batch"]
@@ -217,7 +213,7 @@ class Run:
         with self.signals.hold():
             with bar as self.bar:
                 for rows in order[done:]:
-                    if self.stopped or self.signalled():
+                    if self.stopped or self.signals.on_any_rank():
                         break
                     set_learning_rate(self.optimizer, learning_rate(self.args, self.progress["step"], self.steps))
                     self.batch = self.data.batch([self.data.train[row] for row in rows])
@@ -228,7 +224,6 @@ class Run:
             if bad >= BAD_STEPS or is_last and 0 < step <= bad:
                 self._end_a_bad_run()
             self.checkpoint()
-        self.signals.raise_if_any()
 
     def after_step(self, loss: torch.Tensor) -> None:
         """Count the step; write the log line and the checkpoint when they are due.
@@ -267,19 +262,15 @@ class Run:
 
     def _log_training(self):
         total, number = self.losses.tolist()
-        self._log(
-            {
-                "train_loss": total / number if number else None,
-                "lr": learning_rate(self.args, self.progress["step"] - 1, self.steps),
-                "memory_gib": self.memory.sample(),
-                "rows_per_second": self._rows_per_second(),
-                "skipped_updates": self.skipped.item(),
-            }
-        )
+        values = {
+            "train_loss": total / number if number else None,
+            "lr": learning_rate(self.args, self.progress["step"] - 1, self.steps),
+            "memory_gib": self.memory.sample(),
+            "rows_per_second": self._rows_per_second(),
+            "skipped_updates": self.skipped.item(),
+        }
+        self.records.log(self.progress["step"], self.progress["epoch"], values)
         self.losses.zero_()
-
-    def _log(self, values, epoch=None):
-        self.records.log(self.progress["step"], self.progress["epoch"] if epoch is None else epoch, values)
 
     def _end_a_bad_run(self):
         raise Diverged(
@@ -308,18 +299,17 @@ class Run:
         self.memory.start("eval")
         found, step = self.score(), self.progress["step"]
         if not found.finite:
-            why = "the run has diverged; start again with a smaller --lr and another --run-name"
-            raise Diverged(
-                f"evaluation after {step} steps gives scores that are not finite: "
-                + (why if step else "the weights are damaged")
-            )
+            why = "the weights are damaged"
+            if step:
+                why = "the run has diverged; start again with a smaller --lr and another --run-name"
+            raise Diverged(f"evaluation after {step} steps gives scores that are not finite: {why}")
         self.records.write(f"eval_epoch{epoch}.jsonl", "".join(json.dumps(row) + "\n" for row in found.rows))
         words = [
             f"{what} {found.values[k]:{form}} {unit}".strip() for k, (what, unit, form) in self.data.SCORES.items()
         ]
         print(f"epoch {epoch}: {', '.join(words)}")
         self.progress["eval"].append({"epoch": epoch, "step": step, "rows": len(found.rows), **found.values})
-        self._log(found.values, epoch)
+        self.records.log(step, epoch, found.values)
 
     def finish(self) -> dict:
         """The summary; saves the model unless told not to, writes summary.json and prints the closing table.

@@ -20,12 +20,11 @@ OTHER_SETTINGS = ("preprocessor_config", "video_preprocessor_config", "processor
 
 @dataclass
 class Origin:
-    """What a saved model takes from the one it was trained from: {name: content} of its json files, without those
-    settings that name code, `code`, and the bytes of its `tokenizer.model` or None.
+    """What a saved model takes from the one it was trained from: {name: content} of its json files, and the bytes of
+    its `tokenizer.model` or None.
     """
 
     settings: dict
-    code: list
     vocabulary: bytes | None
 
     @classmethod
@@ -40,12 +39,8 @@ class Origin:
                     settings[kind] = dict(source.read_json(Path(file)))
                 except (ValueError, TypeError):
                     print(f"{kind}.json of {name} is damaged: the saved model leaves it out")
-        code = {setting for content in settings.values() for setting in source.CODE & content.keys()}
-        settings = {
-            kind: {k: v for k, v in content.items() if k not in source.CODE} for kind, content in settings.items()
-        }
         vocabulary = source.file(name, source.VOCABULARY)
-        return cls(settings, sorted(code), Path(vocabulary).read_bytes() if vocabulary else None)
+        return cls(settings, Path(vocabulary).read_bytes() if vocabulary else None)
 
 
 def save(folder: Path, model, tokenizer, origin: Origin, weights: dict | None = None) -> None:
@@ -77,7 +72,7 @@ def save_settings(folder: Path, config, tokenizer, origin: Origin) -> bool:
     _write_json(file, config_of_both(config, written, origin.settings["config"]))
     if not _other_setting(folder, config):
         return True
-    _write_json(file, {name: value for name, value in written.items() if name not in source.CODE})
+    _write_json(file, written)
     return False
 
 
@@ -90,8 +85,8 @@ def check_settings(name: str, config, tokenizer, origin: Origin) -> None:
         folder = Path(scratch)
         if not save_settings(folder, config, tokenizer, origin):
             print("the saved model will be for transformers 5 alone: with the names of 4 it would read another one")
-        if origin.code:
-            print(f"the saved model will be without {', '.join(origin.code)}: no code is saved with it")
+        if code := {setting for content in origin.settings.values() for setting in source.CODE & content.keys()}:
+            print(f"the saved model will be without {', '.join(sorted(code))}: no code is saved with it")
         if other := _other_setting(folder, config) or _other_reading(folder, tokenizer):
             raise UserError(
                 f"{name} cannot be saved so that transformers reads {other} again as it is: choose another model, or "
@@ -192,15 +187,13 @@ def _compare(folder, model, tokenizer, weights):
             check(again.shape == tensor.shape, f"the shape of {name}")
             check(again.dtype in (tensor.dtype, torch.float32), f"the type of {name}")  # fp32: see `models.load`
             check(torch.equal(_bytes(again.to(tensor.dtype)), _bytes(tensor.cpu())), name)
-    types, count, size = {tensor.dtype for tensor in own.values()}, 0, 0
-    for file in folder.glob("*.safetensors"):  # what was loaded was converted to the type that the configuration names
-        size += file.stat().st_size
-        for name, kind in stored_weights.stored_types(file).items():
-            count += 1
-            check(kind in types, f"the type of {name}")
+    types, files = {tensor.dtype for tensor in own.values()}, list(folder.glob("*.safetensors"))
+    stored = {name: kind for file in files for name, kind in stored_weights.stored_types(file).items()}
+    for name, kind in stored.items():  # what was loaded was converted to the type that the configuration names
+        check(kind in types, f"the type of {name}")
     other = _other_setting(folder, model.config) or _other_reading(folder, tokenizer)
     check(not other, other)
-    return count, size
+    return len(stored), sum(file.stat().st_size for file in files)
 
 
 def _other_setting(folder, config):
@@ -221,14 +214,14 @@ def _other_reading(folder, tokenizer):
     from transformers import AutoTokenizer
 
     again = AutoTokenizer.from_pretrained(folder)
-    same = tokenizing.probed(lambda text: again(text)["input_ids"]) == tokenizing.probed(
-        lambda text: tokenizer(text)["input_ids"]
-    )
+    same = tokenizing.probed(again.encode) == tokenizing.probed(tokenizer.encode)
     same &= again.special_tokens_map == tokenizer.special_tokens_map and again.chat_template == tokenizer.chat_template
     return None if same else "its tokenizer"
 
 
 def _write_json(file, content):
+    """Write settings, but for those that name code."""
+    content = {name: value for name, value in content.items() if name not in source.CODE}
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -20,13 +20,13 @@ GRACE_SECONDS = 3
 
 
 class Signals:
-    """In this context the first signal raises Interrupted at once or, within `hold()`, when `raise_if_any` is called.
+    """In this context the first signal raises Interrupted at once or, within `hold()`, at its end.
 
     A second one, after the grace period, ends the process on the spot. `number`: the signal that has come, or None.
     """
 
     def __init__(self):
-        self.number, self.held = None, False
+        self.number, self.held, self.asked = None, False, None
 
     def __enter__(self):
         alone = threading.current_thread() is threading.main_thread()  # no other may handle signals
@@ -52,35 +52,25 @@ class Signals:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """In this context a signal waits for `raise_if_any`."""
+        """In this context a signal waits for the end, where it raises Interrupted."""
         self.held = True
         try:
             yield
         finally:
             self.held = False
-
-    def raise_if_any(self) -> None:
-        """Raise Interrupted if a signal has come."""
         if self.number:
             raise Interrupted(self.number)
 
-
-class SignalOnAnyRank:
-    """Whether a signal has come to any rank, with one answer for all: asked at one call, answered at the next."""
-
-    def __init__(self, signals: Signals):
-        self.signals, self.asked = signals, None
-
-    def __call__(self) -> bool:
-        signals = self.signals
+    def on_any_rank(self) -> bool:
+        """Whether a signal has come to any rank, with one answer for all: asked at one call, answered at the next."""
         if parallel.world_size() == 1:
-            return signals.number is not None
+            return self.number is not None
         if self.asked:
             work, found = self.asked
             work.wait()
             if found.item():
-                signals.number, signals.time = signals.number or found.item(), time.monotonic()
+                self.number, self.time = self.number or found.item(), time.monotonic()
                 return True
-        found = torch.tensor(signals.number or 0)
+        found = torch.tensor(self.number or 0)
         self.asked = dist.all_reduce(found, dist.ReduceOp.MAX, async_op=True), found
         return False

@@ -83,9 +83,7 @@ def _check_scales(name):
     else:
         index = source.read_json(Path(source.file(name, "model.safetensors.index.json")))
         files = [source.file(name, file) for file in set(index["weight_map"].values())]
-    types = {}
-    for file in files:
-        types |= stored_types(file)
+    types = {tensor: kind for file in files for tensor, kind in stored_types(file).items()}
     scaled = {tensor.rpartition(".")[0] for tensor in types if "scale" in tensor.rpartition(".")[2]}
     for tensor, kind in types.items():
         if "float8" in str(kind) and "scale" not in tensor and tensor.rpartition(".")[0] not in scaled:
