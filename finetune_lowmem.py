@@ -82,7 +82,7 @@ def main(argv=None):
     # Data
     tokenizer, max_tokens = tokenizing.load(args.model)
     data = common.load_hellaswag(args, tokenizer, max_tokens)
-    kernels = cuda_graphs.choose_kernels(args, data, device)
+    graphs, compiled = cuda_graphs.choose_kernels(args, data, device)
 
     # Model: weights in bf16 (1), on the GPU as far as they fit, each layer's activations made again in backward (4)
     budget = placement.budget_bytes(args.memory_budget, device)
@@ -90,7 +90,8 @@ def main(argv=None):
     lm = models.load(args.model, torch.bfloat16, args.trained, precision)
     lm.head_stays = args.cross_entropy == "cut"
     cuda_graphs.leave_out_masks(lm.network, data.longest())
-    placed = placement.place(lm, data, device, budget, kernels.graphs, loss_of, update_in_backward)
+    measure = partial(placement.measure_one_step, training_loss=loss_of, update_in_backward=update_in_backward)
+    placed = placement.place(lm, data, device, budget, graphs, measure)
     lm.check(data, cross_entropy)
     uses_rng = lm.uses_rng_in_forward(data.small().to(device))  # then layers must draw the same again in backward
     models.checkpoint_activations(lm.network, context_fn=placed.recomputation, preserve_rng_state=uses_rng)
@@ -100,22 +101,22 @@ def main(argv=None):
     update_in_backward(optimizer, lm.trained, when_updated=placed.send_home)
     checks.techniques_are_active(lm, loss_of, optimizer, data, placed)
 
-    @placed.settled
+    @placed.settled()
     def step(batch):
         loss = loss_of(lm, batch)
         loss.backward()  # updates the weights too
         return parallel.sum_over_ranks(loss.detach())
 
-    log_probs = placed.settled(lm.log_probs)
-    if uses_rng:
-        kernels = cuda_graphs.no_graphs(kernels, data)  # each replay would draw the same numbers
-    if kernels.graphs:
-        step, log_probs = cuda_graphs.as_graphs(step, log_probs, lm, optimizer, kernels, data)
+    log_probs = placed.settled()(lm.log_probs)
+    if uses_rng and graphs:
+        graphs = cuda_graphs.no_graphs(data)  # each replay would draw the same numbers
+    if graphs:
+        step, log_probs = cuda_graphs.as_graphs(step, log_probs, lm, optimizer, compiled, data)
 
     # Train
     evaluate = partial(common.evaluate, lm, data, device, log_probs)
     with runs.Run(args, lm, tokenizer, optimizer, data, evaluate, placed.all_at_home, one_gradient=True) as run:
-        for shape in run.expected_shapes() if kernels.graphs else ():
+        for shape in run.expected_shapes() if graphs else ():
             step.reserve(*shape)
         run.evaluate(epoch=0)
         for epoch in run.epochs():

@@ -146,18 +146,15 @@ class Adafactor(torch.optim.Optimizer):
 
     def reset(self) -> None:
         """Forget all state, and so start the rounding noise anew."""
-        for p in self.group_of:
+        for p, group in self.group_of.items():
             own = parallel.own_rows(p)
-            sizes = dict(zip(("row", "col"), as_matrix(own).shape, strict=True))
-            if self._is_compensated(p):
-                sizes["compensation"] = sizes["row"]
+            rows, cols = as_matrix(own).shape
+            sizes = {"row": rows, "col": cols}
+            if cols == 1 and p.dtype == torch.bfloat16 and group["rounding"] == "stochastic":
+                sizes["compensation"] = rows
             self.state[p] = {name: own.new_zeros(n, dtype=torch.float32) for name, n in sizes.items()}
             self.state[p]["count"] = torch.zeros((), dtype=torch.int32, device=p.device if self.fused else "cpu")
         self.skipped.zero_()
-
-    def _is_compensated(self, p):
-        is_vector = as_matrix(parallel.own_rows(p)).shape[1] == 1
-        return is_vector and p.dtype == torch.bfloat16 and self.group_of[p]["rounding"] == "stochastic"
 
     @torch.no_grad()
     def update(self, p: torch.nn.Parameter) -> None:
@@ -173,7 +170,11 @@ class Adafactor(torch.optim.Optimizer):
         compensation, rounding = state.get("compensation"), group["rounding"]
         noise = {"update_index": state["count"], "tensor_index": index, "seed": self.seed, "skipped": self.skipped}
         if not self.fused:
-            self._update_eagerly(args, rounding, state["count"], index, compensation, shards)
+            count = state["count"].add_(1).item()
+            draw, complement = divmod(count, 2) if compensation is None else (count, False)
+            key = (self.seed, index, draw, *([parallel.rank()] if parallel.rank() else []))
+            self.generator.manual_seed(hash(key))  # of ints, the same in each process
+            self.skipped += ~adafactor_update(*args, rounding, self.generator, bool(complement), compensation, **shards)
         elif own.shape[1] == 1:
             kernels.fused_vector_update(*args, **noise, compensation=compensation, **shards)
         elif own.numel():
@@ -181,13 +182,6 @@ class Adafactor(torch.optim.Optimizer):
         else:  # of fewer rows than ranks this one has none, but joins in the sums
             state["count"] += 1
             self.skipped += ~adafactor_update(*args, "nearest", **shards)
-
-    def _update_eagerly(self, args, rounding, count, index, compensation, shards):
-        count += 1
-        draw, complement = (count.item(), False) if compensation is not None else divmod(count.item(), 2)
-        key = (self.seed, index, draw, *([parallel.rank()] if parallel.rank() else []))
-        self.generator.manual_seed(hash(key))  # of ints, the same in each process
-        self.skipped += ~adafactor_update(*args, rounding, self.generator, bool(complement), compensation, **shards)
 
     def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient."""

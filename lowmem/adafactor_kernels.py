@@ -22,18 +22,18 @@ except ImportError:  # comes with PyTorch's builds for GPUs, and only a GPU's ke
 
 FLOOR = 1e-30  # eps1 of the Adafactor paper, added to the squared gradient's means
 
-if triton is None:
-    kernel = lambda function: None  # noqa: E731
-else:
-    # numbers that differ from tensor to tensor: not worth a compilation each
-    _NOT_SPECIALIZED = {
-        "strips", "row_blocks", "blocks", "tiles", "row_tiles", "col_tiles", "first", "tensor_index", "rank", "seed",
-    }  # fmt: skip
+# numbers that differ from tensor to tensor: not worth a compilation each
+_NOT_SPECIALIZED = {
+    "strips", "row_blocks", "blocks", "tiles", "row_tiles", "col_tiles", "first", "tensor_index", "rank", "seed",
+}  # fmt: skip
 
-    def kernel(function):
-        """`function` as a Triton kernel; None without Triton."""
-        names = inspect.signature(function).parameters
-        return triton.jit(function, do_not_specialize=[name for name in names if name in _NOT_SPECIALIZED])
+
+def kernel(function):
+    """`function` as a Triton kernel; None without Triton."""
+    if triton is None:
+        return None
+    names = inspect.signature(function).parameters
+    return triton.jit(function, do_not_specialize=[name for name in names if name in _NOT_SPECIALIZED])
 
 
 @kernel

@@ -1,13 +1,14 @@
 """Refuse to train unless each technique is really active."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from lowmem.adafactor import Adafactor, learning_rate_zero
 from lowmem.placement import Placement
 from lowmem.training import parallel
-from lowmem.training.batches import Batch, Data
+from lowmem.training.batches import Data
 from lowmem.training.errors import UserError, refuse_what_fails
 from lowmem.training.models import CausalLM
 
@@ -22,11 +23,7 @@ def rounds_stochastically(optimizer: Adafactor, device: torch.device) -> bool:
 
 
 def techniques_are_active(
-    lm: CausalLM,
-    training_loss: Callable[[CausalLM, Batch], torch.Tensor],
-    optimizer: Adafactor,
-    data: Data,
-    placed: Placement,
+    lm: CausalLM, training_loss: Callable, optimizer: Adafactor, data: Data, placed: Placement
 ) -> None:
     """Raise UserError unless one step at learning rate 0 shows each technique at work; leaves all as it was."""
     network, trained, problems, fired, forwards = lm.network, lm.trained, [], dict.fromkeys(lm.trained, 0), []
@@ -38,13 +35,10 @@ def techniques_are_active(
             problems.append(f"the gradient of {name} outlives its update")
 
     handles = [layer.register_forward_pre_hook(lambda *_: forwards.append(1)) for layer in lm.layers[:1]]
-    handles += [
-        p.register_post_accumulate_grad_hook(lambda p, name=name: after_update(name, p)) for name, p in trained.items()
-    ]
-    with refuse_what_fails(network), learning_rate_zero(optimizer):
+    handles += [p.register_post_accumulate_grad_hook(partial(after_update, name)) for name, p in trained.items()]
+    with placed.settled(), refuse_what_fails(network), learning_rate_zero(optimizer):
         loss = training_loss(lm, batch)
         loss.backward()
-    placed.copies.settle()  # a captured graph cannot wait for them
     for handle in handles:
         handle.remove()
 

@@ -5,7 +5,6 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
 import torch
 
@@ -74,50 +73,37 @@ def compile_layers(network: torch.nn.Module, backend: str = "inductor") -> None:
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
 
-@dataclass
-class Kernels:
-    """How many CUDA graphs a run captures, 0 where kernels are launched one by one, and whether layers are compiled."""
+def choose_kernels(args, data: Data, device: torch.device) -> tuple[int, bool]:
+    """(how many CUDA graphs the run captures, 0 where kernels are launched one by one; whether layers are compiled).
 
-    graphs: int = 0
-    compiled: bool = False
-
-
-def choose_kernels(args, data: Data, device: torch.device) -> Kernels:
-    """What pays for the run; sets data.multiple where graphs do, so that lengths are few.
-
+    What pays; sets data.multiple where graphs do, so that lengths are few.
     A resumed run counts what is done too: it makes the same choice again, and goes on with the same kernels.
     """
     if device.type != "cuda":
-        return Kernels()
+        return 0, False
     steps = data.planned_steps(args)
     evaluated = (args.epochs + 1) * sum(len(s.ids) for s in data.scored)  # tokens
     evaluations = evaluated // (data.eval_tokens * parallel.world_size())
     if args.no_compile or steps + evaluations / 3 < GRAPHS_PAY_STEPS:
         records.say("kernels", "one by one" if args.no_compile else "one by one: too few steps for CUDA graphs to pay")
-        return Kernels()
+        return 0, False
     data.multiple, compiled = LENGTH_MULTIPLE, steps >= COMPILING_PAYS_STEPS
     records.say("kernels", f"as CUDA graphs, decoder layers {'compiled' if compiled else 'not compiled'}")
-    return Kernels(len(data.lengths(data.train)) + len(data.lengths(data.scored)), compiled)
+    return len(data.lengths(data.train)) + len(data.lengths(data.scored)), compiled
 
 
-def no_graphs(kernels: Kernels, data: Data) -> Kernels:
-    """Instead of `kernels`, where the model draws random numbers: launched one by one."""
-    if kernels.graphs:
-        data.multiple = Data.multiple
-        records.say("kernels", "one by one: the model draws random numbers (dropout)")
-    return Kernels()
+def no_graphs(data: Data) -> int:
+    """0 graphs after all, where the model draws random numbers: each replay would draw the same."""
+    data.multiple = Data.multiple
+    records.say("kernels", "one by one: the model draws random numbers (dropout)")
+    return 0
 
 
 def as_graphs(
-    step: Callable[[Batch], torch.Tensor],
-    log_probs: Callable[[Batch], torch.Tensor],
-    lm: CausalLM,
-    optimizer: Adafactor,
-    kernels: Kernels,
-    data: Data,
+    step: Callable, log_probs: Callable, lm: CausalLM, optimizer: Adafactor, compiled: bool, data: Data
 ) -> tuple["Graphs", "Graphs"]:
-    """(step, log_probs) as CUDA graphs."""
-    if kernels.compiled:
+    """(step, log_probs), functions of a `Batch`, as CUDA graphs."""
+    if compiled:
         compile_layers(lm.network)
         log_probs = torch.compiler.set_stance("force_eager")(log_probs)  # not worth a second compilation
     warm_up(step, optimizer, data.rows_per_rank, data.lengths(data.train))
@@ -163,16 +149,12 @@ class Graphs:
         return result[:count].clone() if result.ndim else result.clone()  # the next graph overwrites the pool
 
     def _capture(self, inputs):
-        graph = torch.cuda.CUDAGraph()
-        gc.disable()  # objects of CUDA, or locked host memory, that are freed meanwhile can end the capture
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # thread_local: NCCL's own thread looks at the device meanwhile
+        capture = torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local")
+        gc.disable()  # objects of CUDA, or locked host memory, that are freed meanwhile can end the capture
         try:
-            with (
-                advise_no_compile(),
-                torch.cuda.graph(
-                    graph, pool=self.pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-                ),
-            ):
+            with advise_no_compile(), capture:
                 return graph, inputs, self.function(inputs)
         finally:
             gc.enable()
@@ -196,9 +178,7 @@ def advise_no_compile() -> Iterator[None]:
         ) from error
 
 
-def warm_up(
-    step: Callable[[Batch], torch.Tensor], optimizer: Adafactor, rows: int, lengths: Iterable[int], device: str = "cuda"
-) -> None:
+def warm_up(step: Callable, optimizer: Adafactor, rows: int, lengths: Iterable[int]) -> None:
     """Compile and load what steps on batches [rows, length] need, by one of each at learning rate 0, the longest first.
 
     So a GPU that is too small for the longest batch says so here, before anything was trained.
@@ -211,4 +191,4 @@ def warm_up(
             batch = Batch.of(ids, labels, tokens=ids.numel())
             # more than 128 targets, as most batches have
             targets = max(2 * TARGETS_MULTIPLE, ceil_div(rows, TARGETS_MULTIPLE) * TARGETS_MULTIPLE)
-            step(pad_batch(batch, rows, targets).to(device))
+            step(pad_batch(batch, rows, targets).to("cuda"))

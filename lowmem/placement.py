@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import wraps
 
 import torch
 
@@ -37,31 +36,23 @@ class Plan:
 class Placement:
     """Where the weights of a model are, and what a script has to do about it; where nothing streams, nothing.
 
-    `recomputation` is for gradient checkpointing, `send_home` for each updated parameter, `settled` for each function
-    that runs the model, `all_at_home` for saving: the protocol of `StreamedLayers`.
+    `recomputation` is for gradient checkpointing, `send_home` for each updated parameter, `settled()` around what runs
+    the model, or on a function that does, `all_at_home` for saving: the protocol of `StreamedLayers`.
     """
 
-    def __init__(
-        self, lm: CausalLM, copies: streaming.CopyStreams, layers: streaming.StreamedLayers, embeddings_on_host: bool
-    ):
-        self.precision, self.copies, self.layers = lm.precision, copies, layers
-        self.embeddings_on_host = embeddings_on_host
+    def __init__(self, lm: CausalLM, layers: streaming.StreamedLayers, embeddings_on_host: bool):
+        self.precision, self.layers, self.embeddings_on_host = lm.precision, layers, embeddings_on_host
         self.send_home, self.all_at_home = layers.send_home, layers.all_at_home
 
     def recomputation(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """The contexts of a layer's forward pass and of its repetition in backward, for torch.utils.checkpoint."""
         return nullcontext(), self.layers.recomputation(self.precision())
 
-    def settled(self, function: Callable) -> Callable:
-        """`function`, after which all copies of streamed weights are done: a captured graph must not end before."""
-
-        @wraps(function)
-        def settled(batch):
-            result = function(batch)
-            self.copies.settle()
-            return result
-
-        return settled
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """At the end of this context all copies of streamed weights are done: a captured graph must not end before."""
+        yield
+        self.layers.copies.settle()
 
 
 def require_one_gpu() -> None:
@@ -102,18 +93,10 @@ def require_room(name: str, budget: int) -> None:
         )
 
 
-def place(
-    lm: CausalLM,
-    data: Data,
-    device: torch.device,
-    budget: int,
-    graphs: int,
-    training_loss: Callable[[CausalLM, Batch], torch.Tensor],
-    update_in_backward: Callable,
-) -> Placement:
+def place(lm: CausalLM, data: Data, device: torch.device, budget: int, graphs: int, measure: Callable) -> Placement:
     """The placement of the model's weights: on the GPU as far as they fit into `budget` bytes, the rest in host memory.
 
-    graphs: CUDA graphs that will be captured. What a step of training_loss with update_in_backward needs is measured.
+    graphs: CUDA graphs that will be captured. measure: `measure_one_step` with the run's loss and update.
     Sets data.eval_tokens. Raises UserError with the least budget that works.
     """
     models.checkpoint_activations(lm.network)  # or more would be measured; the script says how layers run again
@@ -128,23 +111,17 @@ def place(
     if device.type != "cuda":
         return place_within(lm, Plan(0, False), device)
     batches = largest, data.largest(data.scored, tokens // longest)
-    plan = plan_placement(lm, batches, graphs, budget, device, training_loss, update_in_backward)
+    plan = plan_placement(lm, batches, graphs, budget, measure)
     placed = place_within(lm, plan, device)
+    where = [f"{len(lm.layers) - plan.streamed} of {len(lm.layers)} decoder layers on the GPU"]
     if plan.streamed:
         data.eval_tokens = tokens
-    say_plan(plan, len(lm.layers), budget)
-    return placed
-
-
-def say_plan(plan: Plan, depth: int, budget: int) -> None:
-    """Print what was chosen for the GPU's memory, of a model with `depth` layers."""
-    where = [f"{depth - plan.streamed} of {depth} decoder layers on the GPU"]
-    if plan.streamed:
         where.append(f"{plan.streamed} streamed through {streaming.SLOTS} slots")
     if plan.head_streams:
         where.append("the head streamed")
     records.say("weights", ", ".join(where))
     records.say("GPU memory", f"predicted peak {plan.peak / memory.GIB:.2f} GiB of {budget / memory.GIB:.2f}")
+    return placed
 
 
 def place_within(lm: CausalLM, plan: Plan, device: torch.device) -> Placement:
@@ -163,7 +140,7 @@ def place_within(lm: CausalLM, plan: Plan, device: torch.device) -> Placement:
     for layer in lm.layers:
         for tensor in (*layer.buffers(), *([] if layer in streamed else layer.parameters())):
             tensor.data = tensor.data.to(device)
-    return Placement(lm, copies, streaming.StreamedLayers(streamed, copies, device), on_host)
+    return Placement(lm, streaming.StreamedLayers(streamed, copies, device), on_host)
 
 
 def place_shards(lm: CausalLM, device: torch.device) -> Placement:
@@ -180,8 +157,7 @@ def place_shards(lm: CausalLM, device: torch.device) -> Placement:
     for tensor in lm.layers.buffers():
         tensor.data = tensor.data.to(device)
     lm.head = ShardedHead(lm.network, device) if in_pieces else Head(lm.network)
-    copies = streaming.CopyStreams(device)
-    return Placement(lm, copies, streaming.StreamedLayers([], copies, device), on_host)
+    return Placement(lm, streaming.StreamedLayers([], streaming.CopyStreams(device), device), on_host)
 
 
 def keep_on_host(network: torch.nn.Module, device: torch.device, head: bool = False) -> bool:
@@ -194,12 +170,11 @@ def keep_on_host(network: torch.nn.Module, device: torch.device, head: bool = Fa
     embeddings, output = network.get_input_embeddings(), network.get_output_embeddings()
     tied, layers = embeddings.weight is output.weight, models.decoder_layers(network)
     on_host = device.type == "cuda" and streaming.can_stay_on_host(embeddings) and (head or not tied)
-    staying = [*layers.parameters(), *layers.buffers()]
-    staying += [embeddings.weight] if on_host else []
-    staying += [output.weight] if head else []
-    staying = {id(tensor) for tensor in staying}
+    staying = {*layers.parameters(), *layers.buffers()}
+    staying |= {embeddings.weight} if on_host else set()
+    staying |= {output.weight} if head else set()
     for tensor in (*network.parameters(), *network.buffers()):
-        if id(tensor) not in staying and not parallel.is_sharded(tensor):
+        if tensor not in staying and not parallel.is_sharded(tensor):
             tensor.data = tensor.data.to(device)
     vars(embeddings).pop("forward", None)
     if on_host:
@@ -228,11 +203,8 @@ def streamable_layers(network: torch.nn.Module) -> list[torch.nn.Module]:
     uses = Counter(p for layer in layers for p in layer.parameters())
     shapes = [[(p.shape, p.dtype) for p in layer.parameters()] for layer in layers]
     group = max(shapes, key=lambda own: shapes.count(own) * sum(shape.numel() for shape, _ in own), default=None)
-    return [
-        layer
-        for layer, own in zip(layers, shapes, strict=True)
-        if own == group and all(uses[p] == 1 for p in layer.parameters())
-    ]
+    alike = [layer for layer, own in zip(layers, shapes, strict=True) if own == group]
+    return [layer for layer in alike if all(uses[p] == 1 for p in layer.parameters())]
 
 
 def fit_to_budget(budget: int, rest: int, layers: int, layer: int, head: int | None) -> Plan:
@@ -257,15 +229,7 @@ def fit_to_budget(budget: int, rest: int, layers: int, layer: int, head: int | N
     return Plan(layers - more, head is not None, least + more * layer)
 
 
-def plan_placement(
-    lm: CausalLM,
-    batches: tuple[Batch, Batch],
-    graphs: int,
-    budget: int,
-    device: torch.device,
-    training_loss: Callable[[CausalLM, Batch], torch.Tensor],
-    update_in_backward: Callable,
-) -> Plan:
+def plan_placement(lm: CausalLM, batches: tuple[Batch, Batch], graphs: int, budget: int, measure: Callable) -> Plan:
     """The plan that fills the GPU up to `budget` bytes, CUDA's context and other programs' use included.
 
     What work needs beside weights is measured: a training step and an evaluation of `batches`, the largest that come,
@@ -275,11 +239,10 @@ def plan_placement(
     network, layers, alike = lm.network, lm.layers, streamable_layers(lm.network)
     output = network.get_output_embeddings()
     can_stream = head_can_leave_gpu(lm) and output.weight.nbytes > 2 * HEAD_PIECE_BYTES
-    with first_layers(
-        network, 1 + max((list(layers).index(layer) for layer in alike[: streaming.SLOTS]), default=0)
-    ) as few:
-        placed = place_within(lm, Plan(0, can_stream), device)
-        measured, outside = measure_one_step(lm, placed, batches, training_loss, update_in_backward)
+    count = 1 + max((list(layers).index(layer) for layer in alike[: streaming.SLOTS]), default=0)
+    with first_layers(network, count) as few:
+        placed = place_within(lm, Plan(0, can_stream), torch.device("cuda"))
+        measured, outside = measure(lm, placed, batches)
         rest = measured - memory.size_in_bytes([*few.parameters(), *few.buffers()])
         for p in few.parameters():
             p.data = p.data.cpu()  # as the others, or they would be there twice when they come to their places
@@ -291,7 +254,7 @@ def plan_placement(
     rest += memory.size_in_bytes([*layers.parameters(), *layers.buffers()]) - len(alike) * layer
     rest += sum(4 * sum(as_matrix(p).shape) for p in lm.trained.values())
     width = network.config.get_text_config().hidden_size
-    rest += (len(layers) - len(few)) * batches[0].ids.numel() * width * output.weight.itemsize
+    rest += (len(layers) - count) * batches[0].ids.numel() * width * output.weight.itemsize
     head = output.weight.nbytes - lm.head.buffers.nbytes if can_stream else None
     plan = fit_to_budget(budget, rest, len(alike), layer, head)
     outside += plan.streamed * layer // BYTES_PER_PAGE_ENTRY
@@ -300,27 +263,22 @@ def plan_placement(
 
 
 def measure_one_step(
-    lm: CausalLM,
-    placed: Placement,
-    batches: tuple[Batch, Batch],
-    training_loss: Callable[[CausalLM, Batch], torch.Tensor],
-    update_in_backward: Callable,
+    lm: CausalLM, placed: Placement, batches: tuple[Batch, Batch], training_loss: Callable, update_in_backward: Callable
 ) -> tuple[int, int]:
     """(bytes that PyTorch held at most, bytes of the GPU beside them) in a step and an evaluation of `batches`.
 
-    The step moves no weights.
+    training_loss: function (lm, batch) -> loss. update_in_backward: the script's. The step moves no weights.
     """
     train, evaluation = (batch.to("cuda") for batch in batches)
     optimizer = Adafactor([p for p in lm.trained.values() if p.is_cuda], lr=0.0)  # moves nothing
     handles = update_in_backward(optimizer, dict(enumerate(optimizer.group_of)))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    with refuse_what_fails(lm.network):
+    with placed.settled(), refuse_what_fails(lm.network):
         for _ in range(2):  # the first time kernels are loaded too
             training_loss(lm, train).backward()
         with torch.no_grad():
             lm.log_probs(evaluation)
-    placed.copies.settle()
     for handle in handles:
         handle.remove()
     torch.cuda.synchronize()
@@ -331,15 +289,12 @@ def measure_one_step(
 @contextmanager
 def first_layers(network: torch.nn.Module, count: int) -> Iterator[torch.nn.ModuleList]:
     """In this context the model has its first `count` decoder layers only; yields them."""
-    layers = models.decoder_layers(network)
-    owner, name = next(
-        (module, name) for module in network.modules() for name, child in module.named_children() if child is layers
-    )
-    config, few = network.config.get_text_config(), torch.nn.ModuleList(list(layers)[:count])
-    setattr(owner, name, few)
-    config.num_hidden_layers = len(few)
+    layers, config = models.decoder_layers(network), network.config.get_text_config()
+    others = list(layers)[count:]
+    del layers[count:]
+    config.num_hidden_layers = len(layers)
     try:
-        yield few
+        yield layers
     finally:
-        setattr(owner, name, layers)
+        layers.extend(others)
         config.num_hidden_layers = len(layers)

@@ -52,12 +52,9 @@ class ShardedHead(HeadInPieces):
 
     def weight_pieces(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
         """Yield (slice of the vocabulary, its weights on the device, its bias or None); each is used up by the next."""
-        count, vocabulary = len(self.layer.own_rows), len(self.weight)
         coming = self._gather(0)
-        for k in range(count):
+        for k, (piece, on_host, bias) in enumerate(super().weight_pieces()):  # of the whole weight, in host memory
             coming.wait()
-            if k + 1 < count:
+            if k + 1 < len(self.layer.own_rows):
                 coming = self._gather(k + 1)
-            piece = slice(k * self.piece_rows, min((k + 1) * self.piece_rows, vocabulary))
-            weight = self.buffers[k % 2, : piece.stop - piece.start]
-            yield piece, weight, None if self.bias is None else self.bias[piece]
+            yield piece, self.buffers[k % 2, : len(on_host)], bias
