@@ -176,7 +176,7 @@ def load_hellaswag(args, tokenizer, max_tokens: int) -> HellaSwag:
     """The sequences that --dataset gives; none to train on when --epochs is 0. Raises UserError."""
     train = training_sequences(load_rows(args, "train"), tokenizer, args.train_text, max_tokens) if args.epochs else []
     rows, scored = evaluation_rows(load_rows(args, "validation"), tokenizer, max_tokens)
-    data = HellaSwag(train, scored, max_tokens, args.batch_size, rows=rows)
+    data = HellaSwag(train, scored, max_tokens, batch_size=args.batch_size, rows=rows)
     steps = data.planned_steps(args)
     if train and args.warmup_steps >= steps:
         raise UserError(f"--warmup_steps {args.warmup_steps} is not less than the run's {steps} steps: take fewer")

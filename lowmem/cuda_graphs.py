@@ -76,8 +76,8 @@ def compile_layers(network: torch.nn.Module, backend: str = "inductor") -> None:
 def choose_kernels(args, data: Data, device: torch.device) -> tuple[int, bool]:
     """(how many CUDA graphs the run captures, 0 where kernels are launched one by one; whether layers are compiled).
 
-    What pays; sets data.multiple where graphs do, so that lengths are few.
-    A resumed run counts what is done too: it makes the same choice again, and goes on with the same kernels.
+    Chooses what pays at the run's length, and sets data.multiple where that is graphs, so that lengths are few. A
+    resumed run counts what is done too: it makes the same choice again, and goes on with the same kernels.
     """
     if device.type != "cuda":
         return 0, False

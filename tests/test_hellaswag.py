@@ -290,7 +290,7 @@ def test_any_rows_are_refused_or_become_sound_batches(rows, text, limit, multipl
             common.training_sequences(rows, TOKENIZER, text, limit)
         return
     sequences, rows = common.training_sequences(rows, TOKENIZER, text, limit), kept_rows
-    data = common.HellaSwag(sequences, [], limit, multiple)
+    data = common.HellaSwag(sequences, [], limit, multiple=multiple)
     batch = data.batch(sequences)
     assert batch.ids.shape == batch.labels.shape == (len(rows), max(data.lengths(sequences)))
     assert batch.ids.shape[1] <= limit

@@ -70,6 +70,20 @@ def test_a_signal_to_one_rank_ends_all_after_the_same_step(argv, commands, tmp_p
     assert [line["step"] for line in lines(tmp_path / "r" / "metrics.jsonl") if "lr" in line] == [*range(1, 16)]
 
 
+def test_all_ranks_leave_a_finished_run_alone(argv, commands, tmp_path):
+    """A process that ends without its group is torn down would abort now and then."""
+    again = argv("r", "--epochs", 0)
+    commands.run_ranks(2, "finetune_base", *again)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "r").rglob("*")}
+    torn_down = "import torch.distributed as dist\nplain = dist.destroy_process_group\n"
+    torn_down += "dist.destroy_process_group = lambda: (plain(), print('torn down'))"
+    (code, said, _), other = commands.run_ranks(2, "finetune_base", *again, "--resume", first=torn_down)
+    assert (code, other[0]) == (0, 0)
+    assert f"{tmp_path / 'r'} is finished: its scores are in summary.json" in said
+    assert "torn down" in said
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "r").rglob("*")} == before
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_rank_while_it_loads_leaves_no_traceback(argv, commands):
     commands.run_ranks(2, "finetune_lowmem", *argv("r", "--max_steps", 2))

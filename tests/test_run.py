@@ -307,7 +307,7 @@ def test_resume_of_a_run_that_is_not_there_yet_says_so_and_starts_it(run, capsys
 
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_a_finished_run_is_left_as_it_is(epochs, run, capsys):
-    """Without training there is no checkpoint. What is missing of it is made again."""
+    """Without training there is no checkpoint. What is missing is made again."""
     little = LITTLE[:-1]  # the model is saved
     _, folder = run("finetune_lowmem", "r", "--epochs", epochs, *little)
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
@@ -318,8 +318,23 @@ def test_a_finished_run_is_left_as_it_is(epochs, run, capsys):
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
     with pytest.raises(UserError, match="--seed 42 is now 7"):
         run("finetune_lowmem", "r", "--epochs", epochs, *little, "--resume", "--seed", 7)
-    (folder / "summary.json").unlink()
-    assert run("finetune_lowmem", "r", "--epochs", epochs, *little, "--resume")[0]["eval"][-1]["epoch"] == epochs
+    for missing in ("summary.json", "model"):
+        (folder / missing).rename(folder.parent / missing)
+        summary, _ = run("finetune_lowmem", "r", "--epochs", epochs, *little, "--resume")
+        assert summary["eval"][-1]["epoch"] == epochs
+        assert (folder / missing).exists()
+
+
+def test_a_finished_run_that_was_begun_anew_and_is_longer_is_not_finished(run):
+    """Its summary and model are of the shorter one, all else is of the longer."""
+    flags = ("--epochs", 1, "--schedule", "constant", *LITTLE)
+    _, folder = run("finetune_lowmem", "r", *flags, "--max_steps", 2)
+    with stopped_after(3):
+        run("finetune_lowmem", "r", *flags, "--max_steps", 4, "--save_every", 3, "--resume")
+    shorter = SimpleNamespace(**json.loads((folder / "summary.json").read_text())["args"])
+    assert not checkpoint.is_finished(shorter, folder)
+    (folder / "config.json").write_text(json.dumps(vars(shorter)))
+    assert checkpoint.is_finished(shorter, folder)
 
 
 def test_a_run_that_ends_before_its_first_checkpoint_starts_over(run, capsys):

@@ -51,7 +51,7 @@ def test_a_signal_is_raised_at_once_or_at_the_end_of_what_holds_it(number, capfd
     with signals.Signals() as received, pytest.raises(Interrupted) as raised, received.hold():  # noqa: PT012
         os.kill(os.getpid(), number)
         assert received.number == number
-        said = "\nstopping after this step, once it is saved; to stop at once, repeat it after 3 s\n"
+        said = "\nstopping after this step, once it is saved; a second signal, after 3 s, stops at once\n"
         assert capfd.readouterr().err == said
     assert raised.value.number == number
 

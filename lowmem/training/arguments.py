@@ -96,13 +96,17 @@ def parser(script: str, description: str, batch_size: int, lr: float, demo_lr: f
     add("--output_dir", default="runs_hell", metavar="DIR", help="folder that holds the runs")
     add("--log_every", type=count, default=log_every, metavar="N", help="steps between log lines")
     add("--save_every", type=count, metavar="N", help="steps between checkpoints; None: at the end of each epoch")
-    add("--resume", action="store_true", help="go on from the last checkpoint of --run-name, or start it")
+    add("--resume", action="store_true",
+        help="go on from the last checkpoint of --run-name, or start it; a finished run is left alone")  # fmt: skip
     add("--no_save_model", action="store_true", help="do not save the fine-tuned model at the end")
     return made
 
 
 def parse(made: Parser, argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments, after all was refused that can be before anything is loaded. Raises UserError."""
+    """The arguments, after all was refused that can be before anything is loaded. Raises UserError.
+
+    Ends the process, with exit code 0, if --resume finds the run finished.
+    """
     args, unknown = made.parse_known_args(argv)
     if unknown:
         raise UserError(f"unknown argument {unknown[0]}: see --help for what {made.prog} takes")

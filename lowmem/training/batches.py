@@ -3,7 +3,7 @@
 import random
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -95,6 +95,7 @@ class Data:
     train: list[Sequence]
     scored: list[Sequence]
     max_tokens: int
+    _: KW_ONLY
     batch_size: int = 8
     multiple: int = 8
     eval_tokens: int = 1024

@@ -78,13 +78,15 @@ def check_resume(args, run_dir: Path) -> None:
     """Refuse to go on with a folder that is no run, a checkpoint that is damaged or of another format, or settings that
     change what is trained. Raises UserError.
     """
-    if folder := last(run_dir):
+    if is_finished(args, run_dir):
+        saved = json.loads((run_dir / "summary.json").read_text())["args"]
+    elif folder := last(run_dir):
         state = read_state(folder)
         saved, epoch = state["args"], state["progress"]["epoch"]
         if args.epochs < epoch:
             raise UserError(f"--resume: {run_dir} is in epoch {epoch} already: --epochs must be at least that")
     else:
-        saved = _settings_at_start(args, run_dir) or vars(args)
+        saved = _settings_at_start(run_dir) or vars(args)
     if saved.get("script") != args.script:
         raise UserError(f"--resume: {run_dir} was started with {saved.get('script')}.py: go on with that")
     falls = saved.get("schedule", "constant") != "constant"  # to 0 at the run's end, which then stays where it is
@@ -104,17 +106,17 @@ def check_resume(args, run_dir: Path) -> None:
 
 
 def is_finished(args, run_dir: Path) -> bool:
-    """Whether a run of these settings has left its summary, and its model if that is to be saved."""
+    """Whether the run has left the summary of its last start, which was as long, and its model if that is saved."""
     try:
-        done = json.loads((run_dir / "summary.json").read_text())["args"]
-        same = all(done[name] == getattr(args, name) for name in ("epochs", "max_steps", "no_save_model"))
+        done, begun = (json.loads((run_dir / f"{name}.json").read_text()) for name in ("summary", "config"))
+        same = all(done["args"][name] == getattr(args, name) for name in ("epochs", "max_steps", "no_save_model"))
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return same and (args.no_save_model or (run_dir / "model").is_dir())
+    return same and done["args"] == begun and (args.no_save_model or (run_dir / "model").is_dir())
 
 
-def _settings_at_start(args, run_dir):
-    """The arguments of a run that ended before its first checkpoint, or without one; None of an empty folder.
+def _settings_at_start(run_dir):
+    """The arguments of a run without a checkpoint, which had none yet or only evaluates; None of an empty folder.
 
     Raises UserError.
     """
@@ -124,7 +126,7 @@ def _settings_at_start(args, run_dir):
     except (OSError, ValueError):
         saved = None
     ours = isinstance(saved, dict) and {"script", "run_name"} <= saved.keys()
-    if names and not ours or "summary.json" in names and not is_finished(args, run_dir):
+    if names and not ours or "summary.json" in names and saved.get("epochs"):
         raise UserError(
             f"--resume: {run_dir} has no checkpoint and is not a run that ended before its first one: take another "
             "--run-name"

@@ -43,7 +43,7 @@ def set_up(args, method: str) -> torch.device:
         if not parallel.under_torchrun() or os.environ["LOCAL_RANK"] == "0":  # one for each machine
             demo.prepare()
         parallel.wait_for_all()
-    records.say("now", "reading rows and weights, and checking that the model can be trained so")
+    records.say("now", "reading rows and weights, and checking the model")
     run.seed_everything(args.seed)
     return device
 

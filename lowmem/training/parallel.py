@@ -117,7 +117,11 @@ def processes() -> Iterator[None]:
             silence.enter_context(redirect_stdout(nowhere))
             silence.enter_context(redirect_stderr(nowhere))
         print(f"{world_size()} processes, each with its part of what is trained")
-        yield
+        try:
+            yield
+        except SystemExit as ended:  # of all alike: --help, a run that is finished
+            if ended.code:
+                raise
     wait_for_all()
     gc.collect()  # graphs, which hold what they have captured of NCCL
     dist.destroy_process_group()

@@ -378,10 +378,14 @@ class Run:
         seconds, gib = time.perf_counter() - start, size / memory.GIB
         self.read_back = {"tensors": tensors, "gib": gib, "seconds": seconds}
         print(f"the saved model, {tensors} tensors, {gib:.2f} GiB, was read back as trained in {seconds:.1f} s")
+        old = self.dir / "model.old"
+        shutil.rmtree(old, ignore_errors=True)
         if final.is_symlink():
             final.unlink()
-        shutil.rmtree(final, ignore_errors=True)
+        elif final.exists():
+            final.rename(old)
         partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)  # NFS keeps what another process reads
 
     def _model_bytes(self):
         """Bytes of the saved model on the disk, and of experts that are merged beside it while it is read back."""

@@ -47,8 +47,8 @@ class Signals:
             raise Interrupted(number)
         if parallel.rank() == 0:
             with suppress(OSError):  # print may be what it cut short
-                how = f"to stop at once, repeat it after {GRACE_SECONDS} s"
-                os.write(2, f"\nstopping after this step, once it is saved; {how}\n".encode())
+                again = f"a second signal, after {GRACE_SECONDS} s, stops at once"
+                os.write(2, f"\nstopping after this step, once it is saved; {again}\n".encode())
 
     @contextmanager
     def hold(self) -> Iterator[None]:

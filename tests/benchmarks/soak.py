@@ -87,6 +87,7 @@ def worker(name, args):
         argv += ["--eval_rows", "100", "--log_every", "100", "--save_every", "1100", "--no_save_model", *CASES[name]]
         argv += ["--max_steps", str(STEPS)]
         summary = finetune_lowmem.main(argv)
+        (Path(folder) / "x" / "summary.json").unlink()  # or the run is finished
         start = time.perf_counter()
         checkpoint.check_resume(finetune_lowmem.parse([*argv, "--resume"]), Path(folder) / "x")
         checked = (time.perf_counter() - start) / 2  # parsing checks too
