@@ -142,9 +142,10 @@ class Graphs:
             self.graphs.pop(shape, None)  # its memory first
             self.graphs[shape] = self._capture(pad_batch(batch, self.rows, self.targets[shape]))
         graph, inputs, result = self.graphs[shape]
-        batch = pad_batch(batch, self.rows, len(inputs.targets))
         for name in ("ids", "positions", "targets", "weights"):
-            getattr(inputs, name).copy_(getattr(batch, name))
+            place, given = getattr(inputs, name), getattr(batch, name)
+            place[: len(given)] = given
+            place[len(given) :] = 0  # as `pad_batch` fills up
         graph.replay()
         return result[:count].clone() if result.ndim else result.clone()  # the next graph overwrites the pool
 

@@ -63,7 +63,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, targets, weight, bias, head):
-        blocks = head.blocks(hidden, targets, rows=head.piece_rows)
+        blocks = head.blocks(hidden * head.scale, targets, rows=head.piece_rows)
         softmaxes = [RunningSoftmax(head, *block, ctx.needs_input_grad[0]) for block in zip(*blocks, strict=True)]
         for piece in head.weight_pieces():
             for softmax in softmaxes:
@@ -85,25 +85,28 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class RunningSoftmax:
-    """What the pieces of a head so far tell of the log-probabilities of targets [n] after hidden [n, width]."""
+    """What the pieces of a head so far tell of the log-probabilities of targets [n] after hidden states.
 
-    def __init__(self, head: Head, hidden: torch.Tensor, targets: torch.Tensor, needs_gradient: bool):
-        self.head, self.hidden, self.targets, self.needs_gradient = head, hidden, targets, needs_gradient
-        self.max_logit = hidden.new_full((len(targets), 1), -math.inf, dtype=torch.float32)
+    scaled: those states times the head's scale, [n, width].
+    """
+
+    def __init__(self, head: Head, scaled: torch.Tensor, targets: torch.Tensor, needs_gradient: bool):
+        self.head, self.scaled, self.targets, self.needs_gradient = head, scaled, targets, needs_gradient
+        self.max_logit = scaled.new_full((len(targets), 1), -math.inf, dtype=torch.float32)
         self.sum_exp, self.target_logit, self.weighted_sum, self.target_direction = 0.0, 0.0, 0.0, 0.0
 
     def add(self, piece: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Take in a piece of the vocabulary, its weight [v, width] and bias [v] or None."""
-        logits = self.head.piece_logits(self.hidden, weight, bias)
+        logits = self.head.piece_logits(self.scaled, weight, bias)
         at = (self.targets - piece.start).clamp(0, len(weight) - 1)[:, None]
         here = ((self.targets >= piece.start) & (self.targets < piece.stop))[:, None]
         self.target_logit = self.target_logit + here * logits.gather(1, at)
-        slope = softcap_slope(self.head, logits)
+        slope = softcap_slope(self.head, logits) if self.needs_gradient else None
         new_max = torch.maximum(self.max_logit, logits.amax(1, keepdim=True))
         shrink, e = (self.max_logit - new_max).exp(), logits.sub_(new_max).exp_()
         self.max_logit, self.sum_exp = new_max, self.sum_exp * shrink + e.sum(1, keepdim=True)
         if self.needs_gradient:
-            self.weighted_sum = self.weighted_sum * shrink + _product(e if slope is None else e * slope, weight)
+            self.weighted_sum = self.weighted_sum * shrink + _product(e if slope is None else e.mul_(slope), weight)
             slope = 1 if slope is None else slope.gather(1, at)
             self.target_direction = self.target_direction + here * slope * weight[at[:, 0]].float()
 
@@ -129,17 +132,19 @@ def head_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradients by the head's weight and bias (None without one) of the log-probabilities times grad."""
     by_weight, by_bias = torch.empty_like(head.weight), None if head.bias is None else torch.empty_like(head.bias)
-    blocks = head.blocks(hidden, targets, log_sum_exp, grad, rows=head.piece_rows)
+    blocks = head.blocks(hidden * head.scale, targets, log_sum_exp, grad, rows=head.piece_rows)
     for piece, weight, bias in head.weight_pieces():
         vocabulary = torch.arange(piece.start, piece.stop, device=grad.device)
         weight_sum, bias_sum = 0.0, 0.0
         for h, t, log_sum, g in zip(*blocks, strict=True):
             logits = head.piece_logits(h, weight, bias)
             slope = softcap_slope(head, logits)
-            by_logits = ((t[:, None] == vocabulary).float() - logits.sub_(log_sum[:, None]).exp_()).mul_(g[:, None])
-            by_logits = by_logits if slope is None else by_logits * slope
-            weight_sum = weight_sum + _product(by_logits.T, h * head.scale)
-            bias_sum = bias_sum + by_logits.sum(0)
+            by_logits = logits.sub_(log_sum[:, None]).exp_().neg_().add_(t[:, None] == vocabulary).mul_(g[:, None])
+            if slope is not None:
+                by_logits.mul_(slope)
+            weight_sum = weight_sum + _product(by_logits.T, h)
+            if bias is not None:
+                bias_sum = bias_sum + by_logits.sum(0)
         by_weight[piece] = weight_sum
         if bias is not None:
             by_bias[piece] = bias_sum
@@ -169,7 +174,8 @@ class HeadInPieces(Head):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 [n, vocabulary] logits of hidden [n, width]."""
-        return torch.cat([self.piece_logits(hidden, *piece) for _, *piece in self.weight_pieces()], -1)
+        scaled = hidden * self.scale
+        return torch.cat([self.piece_logits(scaled, *piece) for _, *piece in self.weight_pieces()], -1)
 
     def log_probs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """fp32 [n]: log-probability of targets [n] after hidden [n, width]."""

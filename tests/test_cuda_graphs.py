@@ -16,7 +16,7 @@ import finetune_lowmem
 from lowmem import cuda_graphs, placement
 from lowmem.adafactor import Adafactor
 from lowmem.training import models
-from lowmem.training.batches import Data, Sequence
+from lowmem.training.batches import Data, Sequence, pad_batch
 from lowmem.training.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,10 +63,13 @@ def test_leaving_out_masks_changes_nothing_and_keeps_short_windows(architecture)
     masks = []
     for layer in models.decoder_layers(model):
         layer.register_forward_pre_hook(
-            lambda _, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
-        )
+            lambda _, args, kwargs: masks.append(
+                any(torch.is_tensor(x) and x.ndim == 4 for x in (*args, *kwargs.values()))
+            ),
+            with_kwargs=True,
+        )  # by whatever name, or by position: nothing else has four dimensions
     assert (model.base_model(input_ids=batch.ids).last_hidden_state - before).abs().max() < 1e-5
-    assert [mask is not None for mask in masks] == [windowed] * len(masks)
+    assert masks == [windowed] * len(models.decoder_layers(model))
     model = make_model(architecture)
     cuda_graphs.leave_out_masks(model, longest=16)
     assert model.config._attn_implementation == "sdpa_without_mask"
@@ -147,6 +150,17 @@ def test_graphs_of_a_run_that_goes_on_have_the_same_shapes(no_captures):
     whole = padded[0]
     assert whole[0] < whole[1] == whole[2] == whole[3]
     assert all(counts[start:] == whole[start:] for start, counts in enumerate(padded))
+
+
+def test_a_replay_has_its_batch_filled_up(no_captures):
+    graphs = cuda_graphs.Graphs(lambda batch: torch.zeros(()), None, rows=8)
+    for rows in (8, 5, 7):
+        batch = make_batch(rows=rows, length=64)
+        graphs(batch)
+        (inputs,) = [inputs for _, inputs, _ in graphs.graphs.values()]
+        filled = pad_batch(batch, 8, len(inputs.targets))
+        for name in ("ids", "positions", "targets", "weights"):
+            assert torch.equal(getattr(inputs, name), getattr(filled, name)), name
 
 
 def test_a_capture_for_each_shape_and_no_garbage_collected_within(no_captures):

@@ -45,20 +45,19 @@ class Head:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 [n, vocabulary] logits of hidden [n, width]."""
-        return self.piece_logits(hidden, self.weight, self.bias)
+        return self.piece_logits(hidden * self.scale, self.weight, self.bias)
 
-    def piece_logits(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """fp32 [n, v] logits of hidden [n, width] for v rows of the head, their weight [v, width] and bias [v] or None.
+    def piece_logits(self, scaled: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """fp32 [n, v] logits for v rows of the head, their weight [v, width] and bias [v] or None.
 
-        Without autograd nothing is rounded to bf16 on the way.
+        scaled: [n, width], the hidden states times `scale`. Without autograd nothing is rounded to bf16 on the way.
         """
-        hidden = hidden * self.scale
-        if not hidden.is_cuda or weight.dtype == torch.float32:
-            logits = hidden.float() @ weight.float().T
+        if not scaled.is_cuda or weight.dtype == torch.float32:
+            logits = scaled.float() @ weight.float().T
         elif torch.is_grad_enabled():
-            logits = (hidden @ weight.T).float()
+            logits = (scaled @ weight.T).float()
         else:
-            logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+            logits = torch.mm(scaled, weight.T, out_dtype=torch.float32)
         if bias is not None:
             logits = logits + bias.float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -83,15 +82,14 @@ class Head:
 def check_head(
     network: torch.nn.Module, head: Head, batch: Batch, losses: dict[str, Callable[[torch.Tensor], torch.Tensor]]
 ) -> None:
-    """Refuse an architecture whose own loss differs from ours on one small batch. Raises UserError.
+    """Refuse an architecture whose own loss differs from ours on one small batch, in evaluation mode.
 
-    losses: {name: function(hidden [n, width]) -> mean loss of the batch's n targets}. Checked with the head's input as
-    it is, and scaled up until the largest logit is near 50, where a soft-capping or scaling that we missed cannot hide
-    behind the small logits of an untrained model. Tolerance 0.5 %, or what rounding to bf16 does to the loss of a
-    single target: its logit and the largest one are off by up to 1/256 of the largest each.
+    Raises UserError. losses: {name: function(hidden [n, width]) -> mean loss of the batch's n targets}. Checked with
+    the head's input as it is, and scaled up until the largest logit is near 50, where a soft-capping or scaling that we
+    missed cannot hide behind the small logits of an untrained model. Tolerance 0.5 %, or what rounding to bf16 does to
+    the loss of a single target: its logit and the largest one are off by up to 1/256 of the largest each.
     """
-    name, was_training = type(network).__name__, network.training
-    network.eval()
+    name = type(network).__name__
     hidden = network.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
     hidden = hidden.flatten(0, 1)[batch.positions]
     for gain in (1.0, 50 / max(head.logits(hidden).abs().max().item(), 1e-6)):
@@ -108,4 +106,3 @@ def check_head(
                     f"{name} is not supported: {what} gives a loss of {ours:.4f} where the model's own is {own:.4f} "
                     f"(head input times {gain:.3g}); its head does more than scale, multiply, add and soft-cap"
                 )
-    network.train(was_training)
