@@ -153,6 +153,9 @@ def test_a_repository_that_cannot_be_had_is_explained(monkeypatch):
     advice = "the network, its licence on the hub and `hf auth login`, or try --demo, which needs no account"
     with pytest.raises(UserError, match=advice):  # HF_HUB_OFFLINE is set
         load(name)
+    for path in ("/no/where", "./nowhere", "no/such/folder"):  # no hub id
+        with pytest.raises(UserError, match=f"model {path} cannot be loaded: there is no such folder"):
+            load(path)
     response = MagicMock(status_code=403)  # of the HTTP library that the hub's client happens to have
     for kind in (GatedRepoError, RepositoryNotFoundError):
 

@@ -45,6 +45,8 @@ def explain_loading(what: str, name: str) -> Iterator[None]:
             advice = f"it needs code of its own, which is never run here: choose a {what} that transformers knows"
         elif Path(name).exists():
             advice = "its files are damaged or of another kind: get it again (of --demo: delete the folder)"
+        elif name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no hub id
+            advice = "there is no such folder"
         else:
             advice = "no such folder here; check the name, the network, its licence on the hub and `hf auth login`"
             advice += ", or try --demo, which needs no account"
