@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lowmem.training import parallel, source, tokenizing
+from lowmem.training import models, parallel, source, tokenizing
 from lowmem.training.batches import Batch, Data, Sequence
 from lowmem.training.errors import UserError
 from lowmem.training.models import CausalLM
@@ -264,17 +264,15 @@ def evaluate(
     log_probs: function(batch on `device`) -> as `lm.log_probs`, which is used if None is given. No [rows, tokens,
     vocabulary] array exists. The sequences of a batch are dealt out, and each is scored by one rank.
     """
-    log_probs, network, done = log_probs or lm.log_probs, lm.network, []
-    sums, was_training = torch.zeros(len(data.scored), dtype=torch.float64), network.training
-    network.eval()
-    with tqdm(total=len(data.rows), desc="evaluating", unit="row", mininterval=0.5) as bar:
+    log_probs, done, sums = log_probs or lm.log_probs, [], torch.zeros(len(data.scored), dtype=torch.float64)
+    bar = tqdm(total=len(data.rows), desc="evaluating", unit="row", mininterval=0.5)
+    with bar, models.mode(lm.network, training=False):
         for chosen in data.evaluation_order():
             batch = data.batch([data.scored[at] for at in chosen]).shard()
             sequence_of = (batch.positions // batch.ids.shape[1])[batch.weights > 0]
             own = parallel.deal_to_ranks(chosen)[parallel.rank()]
             done.append((own, sequence_of, log_probs(batch.to(device))))
             bar.update(len(chosen) / 4)
-    network.train(was_training)
     for own, sequence_of, found in done:  # only now, so that the device never waits for the host
         by_sequence = torch.zeros(len(own)).index_add_(0, sequence_of, found.cpu()[: len(sequence_of)])
         sums[torch.tensor(own, dtype=torch.int64)] = by_sequence.double()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from lowmem import adafactor_kernels as kernels
-from lowmem.adafactor_kernels import FLOOR
+from lowmem.adafactor_kernels import FLOOR, LEAST_RMS
 from lowmem.training import parallel
 
 UPDATE_BLOCK = 2**22  # elements: the update's temporaries are fp32 blocks of 16 MiB, never whole tensors
@@ -82,7 +82,7 @@ def adafactor_update(
         squares += torch.stack([update(block).square_().sum(), p[block].float().square().sum()])
     u_square, p_square = sum_all(squares)
     finite = (u_square + p_square + row_total[0] + new_col.sum()).isfinite()
-    norm = p_square.sqrt().clamp(min=1e-3 * math.sqrt(rows * cols))
+    norm = p_square.sqrt().clamp(min=LEAST_RMS * math.sqrt(rows * cols))
     # A norm that fp32 cannot hold has no direction to trust: such a gradient moves nothing
     scale = torch.where(u_square > FLOOR, lr * norm / u_square.sqrt(), 0.0)
 

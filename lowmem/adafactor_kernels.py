@@ -21,6 +21,7 @@ except ImportError:  # comes with PyTorch's builds for GPUs, and only a GPU's ke
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 FLOOR = 1e-30  # eps1 of the Adafactor paper, added to the squared gradient's means
+LEAST_RMS = 1e-3  # eps2 of the Adafactor paper: weights count as at least so large
 
 # numbers that differ from tensor to tensor: not worth a compilation each
 _NOT_SPECIALIZED = {
@@ -147,6 +148,13 @@ def _round_up_or_down(x, noise):
 
 
 @kernel
+def _scale(u_square, p_square, lr, least_norm, tiny):
+    """What makes an update whose squares sum to u_square one of norm lr * max(sqrt(p_square), least_norm)."""
+    norm = tl.load(lr) * tl.maximum(tl.sqrt(p_square), least_norm)
+    return tl.where(u_square > tiny, norm / tl.sqrt(u_square), 0.0)
+
+
+@kernel
 def _step(
     p, g, row, col, new_row, new_col, totals, u_squares, p_squares, update_index, skipped, R, C, rows_in_all,
     row_blocks, blocks, tiles, lr, least_norm, tiny, tensor_index, rank, seed,
@@ -159,8 +167,7 @@ def _step(
     mean_row = _total(totals, row_blocks) / rows_in_all
     u_square, p_square = _total(u_squares, tiles), _total(p_squares, tiles)
     finite = tl.abs(u_square + p_square + _total(totals, blocks)) < float("inf")
-    norm = tl.load(lr) * tl.maximum(tl.sqrt(p_square), least_norm)
-    scale = tl.where(u_square > tiny, norm / tl.sqrt(u_square), 0.0)
+    scale = _scale(u_square, p_square, lr, least_norm, tiny)
     if (i == 0) & (j == 0) & (finite == 0):
         tl.store(skipped, tl.load(skipped) + 1)
     if finite:
@@ -226,8 +233,7 @@ def _vector_step(
     col_before, this_update = tl.load(col), tl.load(update_index) + 1
     u_square, p_square = tl.load(sums + 1), tl.load(sums + 2)
     new_col = col_before + beta2_rest * (tl.load(sums) / rows_in_all + tiny - col_before)
-    norm = tl.load(lr) * tl.maximum(tl.sqrt(p_square), least_norm)
-    scale = tl.where(u_square > tiny, norm / tl.sqrt(u_square), 0.0)
+    scale = _scale(u_square, p_square, lr, least_norm, tiny)
     tl.store(update_index, this_update)
     if tl.abs(u_square + p_square + new_col) < float("inf"):
         tl.store(col, new_col)
@@ -269,7 +275,7 @@ def fused_vector_update(
         sum_all(sums)
     _vector_step[(1,)](
         p, g, row, col, compensation if stochastic else row, sums, update_index, skipped, rows, rows_in_all, lr,
-        1 - beta2, 1e-3 * math.sqrt(rows_in_all), FLOOR, tensor_index, parallel.rank(), seed, stochastic, block,
+        1 - beta2, LEAST_RMS * math.sqrt(rows_in_all), FLOOR, tensor_index, parallel.rank(), seed, stochastic, block,
     )  # fmt: skip
 
 
@@ -333,7 +339,7 @@ def fused_adafactor_update(
         u_squares, p_squares, tiles = sums[:1], sums[1:], 1
     _step[(triton.cdiv(rows, 16) * triton.cdiv(cols, 512),)](
         p, g, row, col, new_row, new_col, totals, u_squares, p_squares, update_index, skipped, rows, cols, rows_in_all,
-        row_blocks, row_blocks + col_blocks, tiles, lr, 1e-3 * math.sqrt(rows_in_all * cols), FLOOR, tensor_index,
+        row_blocks, row_blocks + col_blocks, tiles, lr, LEAST_RMS * math.sqrt(rows_in_all * cols), FLOOR, tensor_index,
         parallel.rank(), seed,
         stochastic, 2, 512,
     )  # fmt: skip

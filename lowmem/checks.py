@@ -27,7 +27,7 @@ def techniques_are_active(
 ) -> None:
     """Raise UserError unless one step at learning rate 0 shows each technique at work; leaves all as it was."""
     network, trained, problems, fired, forwards = lm.network, lm.trained, [], dict.fromkeys(lm.trained, 0), []
-    batch = data.small().to(next(iter(trained.values())).device)
+    batch = data.small().to(lm.device)
 
     def after_update(name, p):
         fired[name] += 1

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from lowmem.training import memory, parallel
+from lowmem.training import memory, parallel, source
 from lowmem.training.batches import Data
 from lowmem.training.errors import UserError
 from lowmem.training.models import CausalLM
@@ -79,7 +79,7 @@ def check_resume(args, run_dir: Path) -> None:
     change what is trained. Raises UserError.
     """
     if is_finished(args, run_dir):
-        saved = json.loads((run_dir / "summary.json").read_text())["args"]
+        saved = source.read_json(run_dir / "summary.json")["args"]
     elif folder := last(run_dir):
         state = read_state(folder)
         saved, epoch = state["args"], state["progress"]["epoch"]
@@ -108,7 +108,7 @@ def check_resume(args, run_dir: Path) -> None:
 def is_finished(args, run_dir: Path) -> bool:
     """Whether the run has left the summary of its last start, which was as long, and its model if that is saved."""
     try:
-        done, begun = (json.loads((run_dir / f"{name}.json").read_text()) for name in ("summary", "config"))
+        done, begun = (source.read_json(run_dir / f"{name}.json") for name in ("summary", "config"))
         same = all(done["args"][name] == getattr(args, name) for name in ("epochs", "max_steps", "no_save_model"))
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -122,7 +122,7 @@ def _settings_at_start(run_dir):
     """
     names = {f.name for f in run_dir.iterdir()} - {"config.partial", "metrics.jsonl"}  # which come before config.json
     try:
-        saved = json.loads((run_dir / "config.json").read_text())
+        saved = source.read_json(run_dir / "config.json")
     except (OSError, ValueError):
         saved = None
     ours = isinstance(saved, dict) and {"script", "run_name"} <= saved.keys()
@@ -149,7 +149,7 @@ def read_state(folder: Path) -> dict:
         differing = sorted({name for name, _ in found.items() ^ {(name, sha256) for sha256, name in lines}})
         if differing:
             raise damaged(f"{', '.join(differing)[:200]} {'is' if len(differing) == 1 else 'are'}")
-        state = json.loads((folder / "state.json").read_text())
+        state = source.read_json(folder / "state.json")
         if state["format"] != FORMAT:
             raise UserError(
                 f"--resume: {folder} has format {state['format']} where this version reads {FORMAT}: go on with the "
@@ -168,7 +168,7 @@ def require_same_inputs(args, folder: Path, found: dict[str, str]) -> None:
 
     Raises UserError.
     """
-    before = json.loads((folder / "state.json").read_text())["fingerprints"]
+    before = source.read_json(folder / "state.json")["fingerprints"]
     if changed := [f"--{name} {getattr(args, name)}" for name in before if before[name] != found[name]]:
         raise UserError(
             f"--resume: {' and '.join(changed)} no longer holds what {folder.parents[1]} was started with: put that "
@@ -327,7 +327,7 @@ def load(folder: Path, trained: dict, optimizer: torch.optim.Optimizer) -> tuple
     torch.set_rng_state(found["torch"])
     if "cuda" in found:
         torch.cuda.set_rng_state(found["cuda"])
-    state = json.loads((folder / "state.json").read_text())
+    state = source.read_json(folder / "state.json")
     if parallel.rank():  # what is saved is rank 0's
         torch.manual_seed(hash((state["args"]["seed"], state["progress"]["step"], parallel.rank())))
     kind, numbers, rest = state["python_random"]

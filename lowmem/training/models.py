@@ -1,8 +1,8 @@
 """A causal LM to train: what of it trains, its hidden states and log-probabilities, its checks."""
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,11 @@ class CausalLM:
         return decoder_layers(self.network)
 
     @property
+    def device(self) -> torch.device:
+        """Where what is trained is."""
+        return next(iter(self.trained.values())).device
+
+    @property
     def trained_parameters(self) -> int:
         """Number of parameters that are trained."""
         return sum(p.numel() for p in self.trained.values())
@@ -70,21 +75,20 @@ class CausalLM:
 
         cross_entropy: function (head, hidden [n, width], targets [n], weights [n]) -> loss. Raises UserError.
         """
-        batch = data.small().to(next(iter(self.trained.values())).device)
+        batch = data.small().to(self.device)
         check_causal(self, data, batch)
         losses = {"evaluation": lambda hidden: -self.head.log_probs(hidden, batch.targets).mean()}
         if cross_entropy:
             losses["cross entropy"] = lambda hidden: cross_entropy(self.head, hidden, batch.targets, batch.weights)
-        with torch.no_grad(), self.precision():
+        with torch.no_grad(), mode(self.network, training=False), self.precision():
             heads.check_head(self.network, self.head, batch, losses)
 
     def uses_rng_in_forward(self, batch: Batch) -> bool:
         """Whether a training pass draws random numbers (dropout, noise), by the random state before and after one."""
         state = torch.cuda.get_rng_state if batch.ids.is_cuda else torch.get_rng_state
-        was_training, before = self.network.training, state()
-        with torch.no_grad(), self.precision():
-            self.network.train().base_model(input_ids=batch.ids, use_cache=False)
-        self.network.train(was_training)
+        before = state()
+        with torch.no_grad(), mode(self.network, training=True), self.precision():
+            self.network.base_model(input_ids=batch.ids, use_cache=False)
         return not torch.equal(before, state())
 
 
@@ -177,13 +181,24 @@ def checkpoint_activations(network: torch.nn.Module, **options) -> None:
     network.train()
 
 
+@contextmanager
+def mode(network: torch.nn.Module, training: bool) -> Iterator[None]:
+    """In this context the network is in training mode or in the other, at its end in the one before."""
+    before = network.training
+    network.train(training)
+    try:
+        yield
+    finally:
+        network.train(before)
+
+
 def check_causal(lm: CausalLM, data: Data, batch: Batch) -> None:
     """Refuse a model that does not take the data's ids, whose decoder layers do not all run on them, or in which a
     position sees later ones and so its answer. Raises UserError.
 
     Training and evaluation pad on the right without a mask, which causality alone makes right.
     """
-    network, was_training = lm.network, lm.network.training
+    network = lm.network
     largest, size = data.largest_id(), network.get_input_embeddings().num_embeddings
     half = batch.ids.shape[1] // 2
     if largest >= size:
@@ -194,14 +209,14 @@ def check_causal(lm: CausalLM, data: Data, batch: Batch) -> None:
     changed[:, half:] = (changed[:, half:] + 1) % size
     idle = set(lm.layers)
     handles = [layer.register_forward_pre_hook(lambda layer, *_: idle.discard(layer)) for layer in idle]
-    network.eval()
     with refuse_what_fails(network), torch.no_grad(), lm.precision():
-        before, after = (
-            network.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :half].float()
-            for ids in (batch.ids, changed)
-        )
-        network.train().base_model(input_ids=batch.ids, use_cache=False)  # dropout may fail
-    network.train(was_training)
+        with mode(network, training=False):
+            before, after = (
+                network.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :half].float()
+                for ids in (batch.ids, changed)
+            )
+        with mode(network, training=True):
+            network.base_model(input_ids=batch.ids, use_cache=False)  # dropout may fail
     for handle in handles:
         handle.remove()
     if idle:

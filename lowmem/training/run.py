@@ -90,7 +90,7 @@ class Run:
         self.gradients = ("gradients", memory.size_in_bytes(map(parallel.own_rows, lm.trained.values())))
         if one_gradient:
             self.gradients = ("largest gradient", max(memory.size_in_bytes([p]) for p in lm.trained.values()))
-        self.device = next(iter(lm.trained.values())).device
+        self.device = lm.device
         self.memory = memory.Memory(self.device)
         self.steps = data.planned_steps(args)
         self.dir = Path(args.output_dir) / args.run_name
@@ -355,7 +355,7 @@ class Run:
         weights = None
         if parallel.world_size() > 1:
             own = self.lm.network.state_dict(keep_vars=True)
-            whole = {tensor: parallel.gathered(tensor) for tensor in own.values()}  # a tied one once
+            whole = {tensor: parallel.gathered(tensor) for tensor in dict.fromkeys(own.values())}  # a tied one once
             weights = {name: whole[tensor] for name, tensor in own.items()}
         if parallel.rank() == 0:
             self._write_model(weights)

@@ -31,7 +31,9 @@ def command(script, *argv, env=None):
 
 
 def weights(folder):
-    return {name: t for file in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(file).items()}
+    found = {name: t for file in sorted(Path(folder).glob("*.safetensors")) for name, t in load_file(file).items()}
+    assert found, f"{folder} holds no tensors"
+    return found
 
 
 def lines(file):
@@ -46,8 +48,9 @@ def timeless(folder):
 
 def assert_same_run(a, b):
     assert timeless(a) == timeless(b)
-    assert weights(a / "model").keys() == weights(b / "model").keys()
-    assert all(torch.equal(t, weights(b / "model")[name]) for name, t in weights(a / "model").items())
+    first, second = weights(a / "model"), weights(b / "model")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(t, second[name]) for name, t in first.items())
     last = [json.loads((folder / "summary.json").read_text()) for folder in (a, b)]
     assert last[0]["eval"] == last[1]["eval"]
 
