@@ -2,23 +2,23 @@
 (task version 1.0).
 """
 
-import gzip
-import json
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from lowmem.training import models, parallel, source, tokenizing
-from lowmem.training.batches import Batch, Data, Sequence
+from lowmem.data import facts, files, own
+from lowmem.training import records, tokenizing
+from lowmem.training.batches import Sequence
+from lowmem.training.data import Data, Scores
 from lowmem.training.errors import UserError
 from lowmem.training.models import CausalLM
-from lowmem.training.run import Scores
+
+LINE_CHARACTERS = 1500  # of a row that is shown, its beginning and its end
+COLUMNS = ("activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label")
 
 
 @dataclass
@@ -37,6 +37,15 @@ class HellaSwag(Data):
     rows: list[EvalRow] = field(default_factory=list)
 
     SCORES = {"acc": ("acc", "%", ".2f"), "acc_norm": ("acc_norm", "%", ".2f"), "gold_nll": ("gold NLL", "", ".3f")}
+
+    def score(self, log_likelihoods: torch.Tensor, right: torch.Tensor) -> Scores:
+        """acc, acc_norm and the right endings' NLL, from the sums of each ending's log-probabilities, fp64 [n]."""
+        scores = log_likelihoods.view(-1, 4).tolist()
+        rows = [
+            {"ind": row.ind, "label": row.label, "loglikelihoods": of_row, "chars": row.chars}
+            for row, of_row in zip(self.rows, scores, strict=True)
+        ]
+        return Scores(accuracy(self.rows, scores), rows, finite=log_likelihoods.isfinite().all().item())
 
     def describe(self) -> str:
         """How many rows there are, for the reader."""
@@ -85,72 +94,14 @@ def encode_pairs(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int
 
 def load_rows(args, split: str) -> list[dict]:
     """The first rows of `split` ("train" or "validation") as dicts with an int label. Raises UserError."""
-    import datasets
-
-    max_rows = {"train": args.train_rows, "validation": args.eval_rows}[split] or sys.maxsize
-    folder = Path(args.dataset)
-    if not args.dataset or folder.is_file():
-        raise UserError(f"--dataset {args.dataset!r} is no folder: give the folder that holds train.* and validation.*")
-    with source.explain_loading("dataset", args.dataset):
-        if (folder / "dataset_dict.json").is_file():
-            splits = datasets.load_from_disk(str(folder))
-            if split not in splits:
-                raise UserError(f"dataset {folder} has no split {split}, only {', '.join(splits)}")
-            rows = splits[split].take(max_rows).to_list()
-        elif folder.is_dir():
-            rows = []
-            for file in split_files(folder, split):
-                if len(rows) < max_rows:
-                    rows += read_rows(file, max_rows - len(rows))
-        else:
-            rows = datasets.load_dataset(args.dataset, split=split).take(max_rows).to_list()
+    where = f"dataset {args.dataset}, split {split}"
+    most = {"train": args.train_rows, "validation": args.eval_rows}[split]
+    rows = [row for _, row in islice(files.rows(args.dataset, split), most)]
     if not rows:
         raise UserError(f"dataset {args.dataset}: split {split} is empty")
-    needed = ("activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label")
-    if missing := [name for name in needed if not any(name in row for row in rows)]:
-        raise UserError(f"dataset {args.dataset}, split {split}, lacks the HellaSwag columns {', '.join(missing)}")
-    return [check_row(row, number, f"dataset {args.dataset}, split {split}") for number, row in enumerate(rows)]
-
-
-def split_files(folder: Path, split: str) -> list[Path]:
-    """The files of a split: <split>.jsonl, .jsonl.gz or .parquet, or as the hub has them, in parts and in data/, as
-    train-00000-of-00002.parquet, with a hash behind in older ones. Raises UserError.
-    """
-    part = r"(?:-\d{5}-of-(\d{5}))?"
-    pattern = re.compile(rf"({split}{part})(?:-[0-9a-f]{{16}})?(?:\..*)?\.(?:jsonl|jsonl\.gz|parquet)")
-    files = sorted([*folder.iterdir(), *(folder / "data").glob("*")], key=lambda file: file.name)
-    found = {file: match for file in files if (match := pattern.fullmatch(file.name))}
-    for count in {match[2] for match in found.values()}:
-        parts = [split] if count is None else [f"{split}-{k:05}-of-{count}" for k in range(int(count))]
-        if [match[1] for match in found.values()] == parts:
-            return list(found)
-    names = ", ".join(str(file.relative_to(folder)) for file in found) or "none"
-    raise UserError(
-        f"dataset {folder} needs one file {split}.jsonl, .jsonl.gz or .parquet, or all parts {split}-00000-of-0000N "
-        f"of one, and has {names[:200]}"
-    )
-
-
-def read_rows(file: Path, max_rows: int) -> list[dict]:
-    """The first `max_rows` rows of a jsonl, jsonl.gz or parquet file as dicts. Raises UserError or what pyarrow raises.
-
-    Python reads JSON itself: datasets' reader ends the process on some damaged lines, and names none.
-    """
-    if file.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(file).slice(0, max_rows).to_pylist()
-    rows = []
-    with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as lines:
-        numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-        for number, line in islice(numbered, max_rows):
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{file}, line {number}, is not JSON ({str(error)[:100]}): get it again") from error
-            if not isinstance(rows[-1], dict):
-                raise UserError(f"{file}, line {number}, is not a row, which is a JSON object: get it again")
-    return rows
+    if missing := [name for name in COLUMNS if not any(name in row for row in rows)]:
+        raise UserError(f"{where}, lacks the HellaSwag columns {', '.join(missing)}")
+    return [check_row(row, number, where) for number, row in enumerate(rows)]
 
 
 def check_row(row: dict, number: int, where: str) -> dict:
@@ -172,14 +123,75 @@ def check_row(row: dict, number: int, where: str) -> dict:
     return row | {"label": int(label), "ind": ind if isinstance(ind, int | str) else number}
 
 
+def load(args, tokenizer, max_tokens: int) -> Data:
+    """The sequences that --dataset gives: HellaSwag's, or a user's own; none to train on when --epochs is 0.
+
+    Raises UserError.
+    """
+    if (args.max_length or 0) > max_tokens:
+        raise UserError(f"--max_length {args.max_length} is more than the {max_tokens} tokens that the model takes")
+    if not is_hellaswag(args):
+        data = own.load(args, tokenizer, max_tokens)
+        require_steps(args, data)
+        return data
+    if args.train_on != "answers":
+        raise UserError(f"--train_on {args.train_on} is for other rows than HellaSwag's, whose endings are trained")
+    return load_hellaswag(args, tokenizer, args.max_length or max_tokens)
+
+
+def say_examples(data: Data, tokenizer) -> None:
+    """Print how much the data are, and three training rows as the model sees them, their targets between ⟦ and ⟧."""
+    records.say("rows", data.describe())
+    records.say("tokens", data.describe_tokens())
+    half = LINE_CHARACTERS // 2
+    for s in (data.train or data.scored)[:3]:
+        line = facts.marked(s, tokenizer)
+        print(f"\n{line}" if len(line) <= 2 * half else f"\n{line[:half]} ... {line[-half:]}")
+    print()
+
+
+def say_special_tokens(args, lm: CausalLM, data: Data, tokenizer) -> None:
+    """Say which special tokens of a user's rows the model does not know, and at which of those that end a turn its
+    generation does not stop.
+    """
+    if isinstance(data, HellaSwag):
+        return
+    embeddings = lm.network.get_input_embeddings().weight.detach()
+    if args.trained != "all" and (unseen := facts.unseen_tokens(data, tokenizer, embeddings)):
+        print(
+            f"the model was hardly trained on {', '.join(unseen)}, which these rows have (their embeddings are next to "
+            "nothing, or alike): take --trained all, which trains them, or a model that knows them"
+        )
+    stops = getattr(lm.network.generation_config, "eos_token_id", None)
+    if missing := facts.missing_stop_tokens(data, tokenizer, stops):
+        print(
+            f"these rows end answers with {', '.join(missing)}, at which generation does not stop: add it to "
+            "eos_token_id in the saved model's generation_config.json"
+        )
+
+
+def is_hellaswag(args) -> bool:
+    """Whether the first row has columns that HellaSwag alone has. Raises UserError."""
+    names, order = files.splits(args.dataset), ("train", *files.HELD_OUT) if args.epochs else (*files.HELD_OUT, "train")
+    split = next((name for name in order if name in names), "train")
+    _, row = next(files.rows(args.dataset, split), (None, {}))
+    return not row.keys().isdisjoint({"activity_label", "ctx_a", "ctx_b", "endings"})
+
+
+def require_steps(args, data: Data) -> None:
+    """Refuse a warm-up that is longer than the run."""
+    steps = data.planned_steps(args)
+    if data.train and args.warmup_steps >= steps:
+        raise UserError(f"--warmup_steps {args.warmup_steps} is not less than the run's {steps} steps: take fewer")
+
+
 def load_hellaswag(args, tokenizer, max_tokens: int) -> HellaSwag:
     """The sequences that --dataset gives; none to train on when --epochs is 0. Raises UserError."""
     train = training_sequences(load_rows(args, "train"), tokenizer, args.train_text, max_tokens) if args.epochs else []
     rows, scored = evaluation_rows(load_rows(args, "validation"), tokenizer, max_tokens)
-    data = HellaSwag(train, scored, max_tokens, batch_size=args.batch_size, rows=rows)
-    steps = data.planned_steps(args)
-    if train and args.warmup_steps >= steps:
-        raise UserError(f"--warmup_steps {args.warmup_steps} is not less than the run's {steps} steps: take fewer")
+    sizes = {"batch_size": args.batch_size, "seed": args.seed, "epochs": args.epochs}
+    data = HellaSwag(train, scored, max_tokens, rows=rows, **sizes)
+    require_steps(args, data)
     return data
 
 
@@ -196,7 +208,7 @@ def training_sequences(rows: list[dict], tokenizer, text: str, max_tokens: int) 
     sequences, vanished = [], []
     for number, (context, continuation) in enumerate(_encode_with_bar(tokenizer, pairs, "tokenizing train")):
         if continuation and pairs[number][1].strip():
-            sequences.append(Sequence(context + continuation + [tokenizer.eos_token_id], len(continuation) + 1))
+            sequences.append(Sequence.ending([*context, *continuation, tokenizer.eos_token_id], len(continuation) + 1))
         else:
             vanished.append(f"row {number} {pairs[number][1]!r}")
     if vanished:
@@ -214,8 +226,8 @@ def _first_of(names):
 
 def _cut(sequences, max_tokens, split):
     """The sequences cut on the left to the `max_tokens` + 1 ids that so many positions can use; says how many."""
-    cut = [Sequence(s.ids[-(max_tokens + 1) :], min(s.targets, len(s.ids) - 1, max_tokens)) for s in sequences]
-    if longer := sum(len(s.ids) > max_tokens + 1 for s in sequences):
+    cut = [s.slice(max(0, s.tokens - max_tokens), len(s.ids)) for s in sequences]
+    if longer := sum(s.tokens > max_tokens for s in sequences):
         what = f"{longer} of {len(cut)} sequences to {split} on"
         print(f"{what} are longer than the model's {max_tokens} tokens: cut on the left")
     return cut
@@ -241,7 +253,7 @@ def evaluation_rows(rows: list[dict], tokenizer, max_tokens: int) -> tuple[list[
             f"{len(unscorable)} validation endings cannot be scored: each ending needs between 1 and {max_tokens} "
             f"tokens, and these have others: {_first_of(unscorable)}; take their rows out"
         )
-    scored = _cut([Sequence(context + ids, len(ids)) for context, ids in pairs], max_tokens, "evaluate")
+    scored = _cut([Sequence.ending([*context, *ids], len(ids)) for context, ids in pairs], max_tokens, "evaluate")
     made = [
         EvalRow(row["ind"], row["label"], [len(ending) for ending in endings])
         for row, (_, endings) in zip(rows, texts, strict=True)
@@ -253,35 +265,6 @@ def _encode_with_bar(tokenizer, pairs, label):
     n = 4000  # pairs at a time
     starts = tqdm(range(0, len(pairs), n), desc=label, unit_scale=n, unit="text", disable=len(pairs) <= n)
     return [pair for start in starts for pair in encode_pairs(tokenizer, pairs[start : start + n])]
-
-
-@torch.no_grad()
-def evaluate(
-    lm: CausalLM, data: HellaSwag, device: torch.device, log_probs: Callable[[Batch], torch.Tensor] | None = None
-) -> Scores:
-    """The scores of the held-out rows: of each ending the sum of its tokens' fp32 log-probabilities.
-
-    log_probs: function(batch on `device`) -> as `lm.log_probs`, which is used if None is given. No [rows, tokens,
-    vocabulary] array exists. The sequences of a batch are dealt out, and each is scored by one rank.
-    """
-    log_probs, done, sums = log_probs or lm.log_probs, [], torch.zeros(len(data.scored), dtype=torch.float64)
-    bar = tqdm(total=len(data.rows), desc="evaluating", unit="row", mininterval=0.5)
-    with bar, models.mode(lm.network, training=False):
-        for chosen in data.evaluation_order():
-            batch = data.batch([data.scored[at] for at in chosen]).shard()
-            sequence_of = (batch.positions // batch.ids.shape[1])[batch.weights > 0]
-            own = parallel.deal_to_ranks(chosen)[parallel.rank()]
-            done.append((own, sequence_of, log_probs(batch.to(device))))
-            bar.update(len(chosen) / 4)
-    for own, sequence_of, found in done:  # only now, so that the device never waits for the host
-        by_sequence = torch.zeros(len(own)).index_add_(0, sequence_of, found.cpu()[: len(sequence_of)])
-        sums[torch.tensor(own, dtype=torch.int64)] = by_sequence.double()
-    scores = parallel.sum_over_ranks(sums).view(-1, 4)
-    rows = [
-        {"ind": row.ind, "label": row.label, "loglikelihoods": of_row, "chars": row.chars}
-        for row, of_row in zip(data.rows, scores.tolist(), strict=True)
-    ]
-    return Scores(accuracy(data.rows, scores.tolist()), rows, finite=scores.isfinite().all().item())
 
 
 def accuracy(rows: list[EvalRow], scores: list[list[float]]) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import common
 from lowmem.adafactor import Adafactor
-from lowmem.training import arguments, command, fsdp, models, parallel, tokenizing
+from lowmem.training import arguments, attention, command, dry_run, evaluation, fsdp, models, parallel, tokenizing
 from lowmem.training import run as runs
 from lowmem.training.batches import IGNORE
 
@@ -53,21 +53,27 @@ def main(argv=None):
 
     # Data
     tokenizer, max_tokens = tokenizing.load(args.model)
-    data = common.load_hellaswag(args, tokenizer, max_tokens)
+    data = common.load(args, tokenizer, max_tokens)
 
     # Model: weights in fp32, each layer's activations made again in backward
     models.require_room(args.model, torch.float32)
-    lm = models.load(args.model, torch.float32, args.trained, precision)
+    lm = models.load(args.model, torch.float32, args.trained, precision, stand_in=args.dry_run)
+    optimizer_of = partial(make_optimizer, args.optimizer, lr=args.lr, fused=device.type == "cuda")
+    if args.dry_run:
+        common.say_examples(data, tokenizer)
+        return dry_run.say_peak(lm, data, device, training_loss, optimizer_of)
+    common.say_special_tokens(args, lm, data, tokenizer)
     fsdp.shard(lm, device, torch.float32)
     lm.network.to(device, torch.float32)
+    attention.choose_layout(lm, data)
     lm.check(data)
     models.checkpoint_activations(lm.network)
 
     # Optimizer
-    optimizer = make_optimizer(args.optimizer, lm.trained.values(), args.lr, fused=device.type == "cuda")
+    optimizer = optimizer_of(lm.trained.values())
 
     # Train
-    evaluate = partial(common.evaluate, lm, data, device)
+    evaluate = partial(evaluation.evaluate, lm, data, device)
     with runs.Run(args, lm, tokenizer, optimizer, data, evaluate) as run:
         run.evaluate(epoch=0)
         for epoch in run.epochs():

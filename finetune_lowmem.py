@@ -23,7 +23,7 @@ import common
 from lowmem import checks, cuda_graphs, placement
 from lowmem.adafactor import Adafactor
 from lowmem.linear_cross_entropy import cut_cross_entropy, linear_cross_entropy, require_cut
-from lowmem.training import arguments, command, models, parallel, tokenizing
+from lowmem.training import arguments, command, evaluation, models, parallel, tokenizing
 from lowmem.training import run as runs
 
 CROSS_ENTROPY = {"fp32": linear_cross_entropy, "cut": cut_cross_entropy}
@@ -81,17 +81,22 @@ def main(argv=None):
 
     # Data
     tokenizer, max_tokens = tokenizing.load(args.model)
-    data = common.load_hellaswag(args, tokenizer, max_tokens)
+    data = common.load(args, tokenizer, max_tokens)
     graphs, compiled = cuda_graphs.choose_kernels(args, data, device)
 
     # Model: weights in bf16 (1), on the GPU as far as they fit, each layer's activations made again in backward (4)
     budget = placement.budget_bytes(args.memory_budget, device)
     placement.require_room(args.model, budget)
-    lm = models.load(args.model, torch.bfloat16, args.trained, precision)
+    lm = models.load(args.model, torch.bfloat16, args.trained, precision, stand_in=args.dry_run)
     lm.head_stays = args.cross_entropy == "cut"
     cuda_graphs.leave_out_masks(lm.network, data.longest())
     measure = partial(placement.measure_one_step, training_loss=loss_of, update_in_backward=update_in_backward)
-    placed = placement.place(lm, data, device, budget, graphs, measure)
+    if args.dry_run:
+        common.say_examples(data, tokenizer)
+        return placement.make_plan(lm, data, device, budget, graphs, measure)
+    common.say_special_tokens(args, lm, data, tokenizer)
+    plan = placement.make_plan(lm, data, device, budget, graphs, measure)
+    placed = placement.place(lm, data, device, plan)
     lm.check(data, cross_entropy)
     uses_rng = lm.uses_rng_in_forward(data.small().to(device))  # then layers must draw the same again in backward
     models.checkpoint_activations(lm.network, context_fn=placed.recomputation, preserve_rng_state=uses_rng)
@@ -107,17 +112,17 @@ def main(argv=None):
         loss.backward()  # updates the weights too
         return parallel.sum_over_ranks(loss.detach())
 
-    log_probs = placed.settled()(lm.log_probs)
+    score_targets = placed.settled()(lm.score_targets)
     if uses_rng and graphs:
         graphs = cuda_graphs.no_graphs(data)  # each replay would draw the same numbers
     if graphs:
-        step, log_probs = cuda_graphs.as_graphs(step, log_probs, lm, optimizer, compiled, data)
+        step, score_targets = cuda_graphs.as_graphs(step, score_targets, lm, optimizer, compiled, data)
 
     # Train
-    evaluate = partial(common.evaluate, lm, data, device, log_probs)
+    evaluate = partial(evaluation.evaluate, lm, data, device, score_targets)
     with runs.Run(args, lm, tokenizer, optimizer, data, evaluate, placed.all_at_home, one_gradient=True) as run:
         for shape in run.expected_shapes() if graphs else ():
-            step.reserve(*shape)
+            step.reserve(shape)
         run.evaluate(epoch=0)
         for epoch in run.epochs():
             for batch in run.batches(epoch):

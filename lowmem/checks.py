@@ -8,7 +8,7 @@ import torch
 from lowmem.adafactor import Adafactor, learning_rate_zero
 from lowmem.placement import Placement
 from lowmem.training import parallel
-from lowmem.training.batches import Data
+from lowmem.training.data import Data
 from lowmem.training.errors import UserError, refuse_what_fails
 from lowmem.training.models import CausalLM
 

@@ -3,7 +3,7 @@
 import ctypes
 import gc
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import torch
@@ -11,14 +11,14 @@ import torch
 from lowmem import sharding
 from lowmem.adafactor import Adafactor, learning_rate_zero
 from lowmem.training import demo, models, parallel, records
-from lowmem.training.batches import IGNORE, Batch, Data, pad_batch
+from lowmem.training.batches import Batch, Shape, pad_batch
+from lowmem.training.data import Data
 from lowmem.training.errors import UserError
 from lowmem.training.models import CausalLM
 from lowmem.training.parallel import ceil_div
 
 GRAPHS_PAY_STEPS = 65  # or 195 evaluation batches: graphs of a 1B model take 9 s on an H100, and save 0.14 s a step
 COMPILING_PAYS_STEPS = 8000  # on an H100 it takes 34 s at the start, and saves 4.3 ms a step of a 1B model
-LENGTH_MULTIPLE = 32  # tokens: few lengths, few graphs
 TARGETS_MULTIPLE = 128
 STACK_BYTES = 256  # of a GPU's thread
 
@@ -73,79 +73,84 @@ def compile_layers(network: torch.nn.Module, backend: str = "inductor") -> None:
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
 
-def choose_kernels(args, data: Data, device: torch.device) -> tuple[int, bool]:
-    """(how many CUDA graphs the run captures, 0 where kernels are launched one by one; whether layers are compiled).
+def choose_kernels(args, data: Data, device: torch.device) -> tuple[bool, bool]:
+    """(whether steps run as CUDA graphs instead of kernels launched one by one; whether layers are compiled).
 
-    Chooses what pays at the run's length, and sets data.multiple where that is graphs, so that lengths are few. A
-    resumed run counts what is done too: it makes the same choice again, and goes on with the same kernels.
+    Chooses what pays at the run's length, and has data.layout make few lengths where that is graphs. A resumed run
+    counts what is done too: it makes the same choice again, and goes on with the same kernels.
     """
     if device.type != "cuda":
-        return 0, False
+        return False, False
     steps = data.planned_steps(args)
     evaluated = (args.epochs + 1) * sum(len(s.ids) for s in data.scored)  # tokens
     evaluations = evaluated // (data.eval_tokens * parallel.world_size())
     if args.no_compile or steps + evaluations / 3 < GRAPHS_PAY_STEPS:
         records.say("kernels", "one by one" if args.no_compile else "one by one: too few steps for CUDA graphs to pay")
-        return 0, False
-    data.multiple, compiled = LENGTH_MULTIPLE, steps >= COMPILING_PAYS_STEPS
+        return False, False
+    data.layout.few_lengths, compiled = True, steps >= COMPILING_PAYS_STEPS
     records.say("kernels", f"as CUDA graphs, decoder layers {'compiled' if compiled else 'not compiled'}")
-    return len(data.lengths(data.train)) + len(data.lengths(data.scored)), compiled
+    return True, compiled
 
 
-def no_graphs(data: Data) -> int:
-    """0 graphs after all, where the model draws random numbers: each replay would draw the same."""
-    data.multiple = Data.multiple
+def no_graphs(data: Data) -> bool:
+    """False, after all, where the model draws random numbers: each replay of a graph would draw the same."""
+    data.layout.few_lengths = False
     records.say("kernels", "one by one: the model draws random numbers (dropout)")
-    return 0
+    return False
 
 
 def as_graphs(
-    step: Callable, log_probs: Callable, lm: CausalLM, optimizer: Adafactor, compiled: bool, data: Data
+    step: Callable, score_targets: Callable, lm: CausalLM, optimizer: Adafactor, compiled: bool, data: Data
 ) -> tuple["Graphs", "Graphs"]:
-    """(step, log_probs), functions of a `Batch`, as CUDA graphs."""
+    """(step, score_targets), functions of a `Batch`, as CUDA graphs."""
     if compiled:
         compile_layers(lm.network)
-        log_probs = torch.compiler.set_stance("force_eager")(log_probs)  # not worth a second compilation
-    warm_up(step, optimizer, data.rows_per_rank, data.lengths(data.train))
+        score_targets = torch.compiler.set_stance("force_eager")(score_targets)  # not worth a second compilation
+    lengths = [[shape.length for shape in data.shapes(b)] for b in (data.training_batches(), data.evaluation_batches())]
+    train, evaluate = (f"{len(of)} of {of[-1]:,} to {of[0]:,} tokens" if of else "none" for of in lengths)
+    records.say("graphs", f"to train {train}, to evaluate {evaluate}")
+    warm_up(step, optimizer, data)
     pool = torch.cuda.graph_pool_handle()
-    step, log_probs = Graphs(step, pool, rows=data.rows_per_rank), Graphs(log_probs, pool)
-    for chosen in data.evaluation_order():
-        log_probs.reserve(*data.shape([data.scored[at] for at in chosen]))
-    return step, log_probs
+    step, score_targets = Graphs(step, pool), Graphs(score_targets, pool)
+    for batch in data.evaluation_batches():
+        score_targets.reserve(data.shape(batch))
+    return step, score_targets
 
 
 class Graphs:
     """`function(batch)` -> tensor, replayed as CUDA graphs: one launch instead of thousands.
 
-    One graph for each shape of ids, captured when its first batch comes; by then what `function` needs must be compiled
-    and loaded (`warm_up`). A batch of fewer than `rows` rows is filled up. The list of targets is padded to a multiple
-    of 128, of the most reserved or seen so far, and a graph captured anew when a batch has more of them. All graphs
-    share `pool`: one runs after the other, so that together they need no more memory than the largest.
+    One graph for each length, captured when its first batch comes; by then what `function` needs must be compiled and
+    loaded (`warm_up`). Batches are filled up to the most rows, targets and row starts that were reserved for the length
+    or seen so far, targets to a multiple of 128; a graph is captured anew when a batch has more. All graphs share
+    `pool`: one runs after the other, so that together they need no more memory than the largest.
     """
 
-    def __init__(self, function: Callable[[Batch], torch.Tensor], pool: tuple, rows: int = 0):
-        self.function, self.pool, self.rows, self.graphs, self.targets = function, pool, rows, {}, {}
+    def __init__(self, function: Callable[[Batch], torch.Tensor], pool: tuple):
+        self.function, self.pool, self.graphs, self.shapes = function, pool, {}, {}
 
-    def reserve(self, rows: int, length: int, targets: int) -> tuple[int, int]:
-        """The shape of the graph for a batch [rows, length] with so many targets, for which room is made.
+    def reserve(self, shape: Shape) -> Shape:
+        """The shape of the graph for such a batch, for which room is made.
 
         To capture anew takes as long as two steps on two H200s. And the padding changes the last bits of the result: a
         run that goes on reserves what it saw before.
         """
-        shape = max(rows, self.rows), length
-        self.targets[shape] = max(self.targets.get(shape, 0), ceil_div(targets, TARGETS_MULTIPLE) * TARGETS_MULTIPLE)
-        return shape
+        shape = shape._replace(targets=ceil_div(shape.targets, TARGETS_MULTIPLE) * TARGETS_MULTIPLE)
+        self.shapes[shape.length] = shape.with_room_for(self.shapes.get(shape.length, shape))
+        return self.shapes[shape.length]
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        count, shape = len(batch.targets), self.reserve(*batch.ids.shape, len(batch.targets))
-        if shape not in self.graphs or len(self.graphs[shape][1].targets) < self.targets[shape]:
-            self.graphs.pop(shape, None)  # its memory first
-            self.graphs[shape] = self._capture(pad_batch(batch, self.rows, self.targets[shape]))
-        graph, inputs, result = self.graphs[shape]
-        for name in ("ids", "positions", "targets", "weights"):
-            place, given = getattr(inputs, name), getattr(batch, name)
+        count, shape = len(batch.targets), self.reserve(batch.shape)
+        if shape.length not in self.graphs or self.graphs[shape.length][1].shape != shape:
+            self.graphs.pop(shape.length, None)  # its memory first
+            self.graphs[shape.length] = self._capture(pad_batch(batch, shape))
+        graph, inputs, result = self.graphs[shape.length]
+        places = inputs.tensors()
+        del places["labels"]  # what a graph reads are `targets`
+        for name, place in places.items():
+            given = getattr(batch, name)
             place[: len(given)] = given
-            place[len(given) :] = 0  # as `pad_batch` fills up
+            place[len(given) :] = given[-1] if name == "row_starts" else 0  # as `pad_batch` fills up
         graph.replay()
         return result[:count].clone() if result.ndim else result.clone()  # the next graph overwrites the pool
 
@@ -179,17 +184,13 @@ def advise_no_compile() -> Iterator[None]:
         ) from error
 
 
-def warm_up(step: Callable, optimizer: Adafactor, rows: int, lengths: Iterable[int]) -> None:
-    """Compile and load what steps on batches [rows, length] need, by one of each at learning rate 0, the longest first.
+def warm_up(step: Callable, optimizer: Adafactor, data: Data) -> None:
+    """Compile and load what training steps need, by one of each length at learning rate 0, the longest first.
 
     So a GPU that is too small for the longest batch says so here, before anything was trained.
     """
     with learning_rate_zero(optimizer), advise_no_compile():
-        for length in sorted(lengths, reverse=True):
-            ids = torch.zeros(rows, length, dtype=torch.int64)
-            labels = torch.full_like(ids, IGNORE)
-            labels[:, -1] = 0
-            batch = Batch.of(ids, labels, tokens=ids.numel())
+        for shape in data.shapes(data.training_batches()):
             # more than 128 targets, as most batches have
-            targets = max(2 * TARGETS_MULTIPLE, ceil_div(rows, TARGETS_MULTIPLE) * TARGETS_MULTIPLE)
-            step(pad_batch(batch, rows, targets).to("cuda"))
+            targets = max(2 * TARGETS_MULTIPLE, ceil_div(shape.targets, TARGETS_MULTIPLE) * TARGETS_MULTIPLE)
+            step(pad_batch(data.layout.blank(shape), shape._replace(targets=targets)).to("cuda"))

@@ -63,11 +63,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, targets, weight, bias, head):
-        blocks = head.blocks(hidden * head.scale, targets, rows=head.piece_rows)
-        softmaxes = [RunningSoftmax(head, *block, ctx.needs_input_grad[0]) for block in zip(*blocks, strict=True)]
-        for piece in head.weight_pieces():
-            for softmax in softmaxes:
-                softmax.add(*piece)
+        softmaxes = running_softmaxes(head, hidden, targets, ctx.needs_input_grad[0])
         ctx.head, ctx.dtype, saved = head, hidden.dtype, [None]
         if ctx.needs_input_grad[0]:
             saved = [torch.cat([softmax.gradient() for softmax in softmaxes])]
@@ -82,6 +78,18 @@ class LinearCrossEntropy(torch.autograd.Function):
         by_hidden = (grad[:, None] * by_hidden).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         by_head = head_gradients(ctx.head, grad, *of_a_trained_head) if of_a_trained_head else (None, None)
         return by_hidden, None, *by_head, None
+
+
+def running_softmaxes(
+    head: Head, hidden: torch.Tensor, targets: torch.Tensor, needs_gradient: bool
+) -> list["RunningSoftmax"]:
+    """Of targets [n] after hidden [n, width], in blocks, what all pieces of the head tell."""
+    blocks = head.blocks(hidden * head.scale, targets, rows=head.piece_rows)
+    softmaxes = [RunningSoftmax(head, *block, needs_gradient) for block in zip(*blocks, strict=True)]
+    for piece in head.weight_pieces():
+        for softmax in softmaxes:
+            softmax.add(*piece)
+    return softmaxes
 
 
 class RunningSoftmax:
@@ -117,6 +125,10 @@ class RunningSoftmax:
     def log_probs(self) -> torch.Tensor:
         """fp32 [n]."""
         return (self.target_logit - self.max_logit - self.sum_exp.log()).squeeze(1)
+
+    def scores(self) -> torch.Tensor:
+        """fp32 [n, 2], see `Head.score_targets`."""
+        return torch.stack([self.log_probs(), (self.target_logit >= self.max_logit).squeeze(1).float()], 1)
 
     def gradient(self) -> torch.Tensor:
         """fp32 [n, width]: of each log-probability by its hidden state."""
@@ -177,6 +189,6 @@ class HeadInPieces(Head):
         scaled = hidden * self.scale
         return torch.cat([self.piece_logits(scaled, *piece) for _, *piece in self.weight_pieces()], -1)
 
-    def log_probs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """fp32 [n]: log-probability of targets [n] after hidden [n, width]."""
-        return LinearCrossEntropy.apply(hidden, targets, self.weight, self.bias, self)
+    def score_targets(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """fp32 [n, 2]: see `Head.score_targets`."""
+        return torch.cat([softmax.scores() for softmax in running_softmaxes(self, hidden, targets, False)])

@@ -1,9 +1,9 @@
 """What of a model stays on the GPU and what streams from host memory, within a budget."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,9 @@ import torch
 from lowmem import streaming
 from lowmem.adafactor import Adafactor, as_matrix
 from lowmem.sharding import ShardedHead
-from lowmem.training import fsdp, memory, models, parallel, records, source
-from lowmem.training.batches import Batch, Data
+from lowmem.training import attention, fsdp, memory, models, parallel, records, source
+from lowmem.training.batches import Batch
+from lowmem.training.data import Data
 from lowmem.training.errors import UserError, refuse_what_fails
 from lowmem.training.heads import HEAD_PIECE_BYTES, Head
 from lowmem.training.models import CausalLM
@@ -93,34 +94,36 @@ def require_room(name: str, budget: int) -> None:
         )
 
 
-def place(lm: CausalLM, data: Data, device: torch.device, budget: int, graphs: int, measure: Callable) -> Placement:
-    """The placement of the model's weights: on the GPU as far as they fit into `budget` bytes, the rest in host memory.
+def make_plan(lm: CausalLM, data: Data, device: torch.device, budget: int, graphs: bool, measure: Callable) -> Plan:
+    """What stays on the GPU: as much as fits into `budget` bytes. Without a GPU, and on several, nothing is planned.
 
-    graphs: CUDA graphs that will be captured. measure: `measure_one_step` with the run's loss and update.
-    Sets data.eval_tokens. Raises UserError with the least budget that works.
+    graphs: whether steps will be CUDA graphs. measure: `measure_one_step` with the run's loss and update.
+    Raises UserError with the least budget that works.
     """
     models.checkpoint_activations(lm.network)  # or more would be measured; the script says how layers run again
-    largest = data.largest(data.train or data.scored, data.rows_per_rank)
-    # Streamed or gathered from other GPUs, an evaluation batch costs a copy of the model: more tokens then, where
-    # training keeps much more of each
-    longest = max(data.lengths(data.scored))
-    tokens = max(data.eval_tokens, 2 * largest.ids.numel(), longest)
-    if parallel.world_size() > 1:
-        data.eval_tokens = tokens
-        return place_shards(lm, device)
-    if device.type != "cuda":
-        return place_within(lm, Plan(0, False), device)
-    batches = largest, data.largest(data.scored, tokens // longest)
-    plan = plan_placement(lm, batches, graphs, budget, measure)
-    placed = place_within(lm, plan, device)
+    if device.type != "cuda" or parallel.world_size() > 1:
+        size = memory.size_in_bytes(lm.network.parameters())
+        records.say("weights", f"{size / memory.GIB:.2f} GiB in bf16")
+        return Plan(0, False)
+    plan = plan_placement(lm, data, graphs, budget, measure)
     where = [f"{len(lm.layers) - plan.streamed} of {len(lm.layers)} decoder layers on the GPU"]
     if plan.streamed:
-        data.eval_tokens = tokens
         where.append(f"{plan.streamed} streamed through {streaming.SLOTS} slots")
     if plan.head_streams:
         where.append("the head streamed")
     records.say("weights", ", ".join(where))
     records.say("GPU memory", f"predicted peak {plan.peak / memory.GIB:.2f} GiB of {budget / memory.GIB:.2f}")
+    return plan
+
+
+def place(lm: CausalLM, data: Data, device: torch.device, plan: Plan) -> Placement:
+    """The placement of the model's weights, as planned. Sets data.layout and data.eval_tokens."""
+    alone = parallel.world_size() == 1
+    placed = place_within(lm, plan, device) if alone else place_shards(lm, device)
+    if plan.peak is None:  # else it was chosen when the plan was made
+        attention.choose_layout(lm, data)
+    if plan.streamed or not alone:
+        data.eval_tokens = few_evaluations(data)
     return placed
 
 
@@ -129,7 +132,7 @@ def place_within(lm: CausalLM, plan: Plan, device: torch.device) -> Placement:
 
     May be called again as long as no layer has streamed.
     """
-    copies, alike = streaming.CopyStreams(device), streamable_layers(lm.network)
+    copies, alike = streaming.CopyStreams(device), models.streamable_layers(lm.network)
     lm.head = Head(lm.network)
     vars(lm.head.layer).pop("forward", None)  # of an earlier placement
     if plan.head_streams:
@@ -183,6 +186,16 @@ def keep_on_host(network: torch.nn.Module, device: torch.device, head: bool = Fa
     return on_host
 
 
+def few_evaluations(data: Data) -> int:
+    """Tokens to evaluate at a time where each batch costs a copy of the model, streamed or gathered from other GPUs.
+
+    More than otherwise: training keeps much more of each token.
+    """
+    return (
+        max(data.eval_tokens, 2 * data.largest(data.training_batches()).ids.numel()) if data.train else data.eval_tokens
+    )
+
+
 def head_can_leave_gpu(lm: CausalLM) -> bool:
     """Whether the head's weights need not be on the device as a whole."""
     embeddings, output = lm.network.get_input_embeddings(), Head(lm.network).layer
@@ -192,19 +205,6 @@ def head_can_leave_gpu(lm: CausalLM) -> bool:
         and not output.weight.requires_grad
         and (embeddings.weight is not output.weight or streaming.can_stay_on_host(embeddings))
     )
-
-
-def streamable_layers(network: torch.nn.Module) -> list[torch.nn.Module]:
-    """The decoder layers that can stream: the largest group with parameters alike, none of which another layer has too.
-
-    Others, as a first layer without experts, stay.
-    """
-    layers = models.decoder_layers(network)
-    uses = Counter(p for layer in layers for p in layer.parameters())
-    shapes = [[(p.shape, p.dtype) for p in layer.parameters()] for layer in layers]
-    group = max(shapes, key=lambda own: shapes.count(own) * sum(shape.numel() for shape, _ in own), default=None)
-    alike = [layer for layer, own in zip(layers, shapes, strict=True) if own == group]
-    return [layer for layer in alike if all(uses[p] == 1 for p in layer.parameters())]
 
 
 def fit_to_budget(budget: int, rest: int, layers: int, layer: int, head: int | None) -> Plan:
@@ -229,25 +229,29 @@ def fit_to_budget(budget: int, rest: int, layers: int, layer: int, head: int | N
     return Plan(layers - more, head is not None, least + more * layer)
 
 
-def plan_placement(lm: CausalLM, batches: tuple[Batch, Batch], graphs: int, budget: int, measure: Callable) -> Plan:
+def plan_placement(lm: CausalLM, data: Data, graphs: bool, budget: int, measure: Callable) -> Plan:
     """The plan that fills the GPU up to `budget` bytes, CUDA's context and other programs' use included.
 
-    What work needs beside weights is measured: a training step and an evaluation of `batches`, the largest that come,
-    with the first layers only, up to the second that can stream, the others in host memory. CUDA takes more for
-    `graphs` graphs. Then PyTorch is kept from taking more than is left to it.
+    What work needs beside weights is measured: a training step and an evaluation of the largest batches that come, with
+    the first layers only, up to the second that can stream and one of each kind, the others in host memory. CUDA takes
+    more for each graph. Then PyTorch is kept from taking more than is left to it. Sets data.layout.
     """
-    network, layers, alike = lm.network, lm.layers, streamable_layers(lm.network)
+    network, layers, alike = lm.network, lm.layers, models.streamable_layers(lm.network)
     output = network.get_output_embeddings()
     can_stream = head_can_leave_gpu(lm) and output.weight.nbytes > 2 * HEAD_PIECE_BYTES
-    count = 1 + max((list(layers).index(layer) for layer in alike[: streaming.SLOTS]), default=0)
-    with first_layers(network, count) as few:
+    count = models.layers_to_measure(network)
+    with models.first_layers(network, count) as few:
         placed = place_within(lm, Plan(0, can_stream), torch.device("cuda"))
+        attention.choose_layout(lm, data)
+        batches = largest_batches(data)
         measured, outside = measure(lm, placed, batches)
         rest = measured - memory.size_in_bytes([*few.parameters(), *few.buffers()])
         for p in few.parameters():
             p.data = p.data.cpu()  # as the others, or they would be there twice when they come to their places
     torch.cuda.empty_cache()
-    outside += graphs * len(layers) * GRAPH_BYTES_PER_LAYER
+    if graphs:
+        lengths = len(data.shapes(data.training_batches())) + len(data.shapes(data.evaluation_batches()))
+        outside += lengths * len(layers) * GRAPH_BYTES_PER_LAYER
     layer = memory.size_in_bytes(alike[0].parameters()) if alike else 0
     rest += outside + ALLOCATOR_GAP_BYTES
     # what is not one of the layers that can stream: others, buffers, optimizer state, and each further layer's input
@@ -278,7 +282,7 @@ def measure_one_step(
         for _ in range(2):  # the first time kernels are loaded too
             training_loss(lm, train).backward()
         with torch.no_grad():
-            lm.log_probs(evaluation)
+            lm.score_targets(evaluation)
     for handle in handles:
         handle.remove()
     torch.cuda.synchronize()
@@ -286,15 +290,9 @@ def measure_one_step(
     return torch.cuda.max_memory_reserved(), total - free - torch.cuda.memory_reserved()
 
 
-@contextmanager
-def first_layers(network: torch.nn.Module, count: int) -> Iterator[torch.nn.ModuleList]:
-    """In this context the model has its first `count` decoder layers only; yields them."""
-    layers, config = models.decoder_layers(network), network.config.get_text_config()
-    others = list(layers)[count:]
-    del layers[count:]
-    config.num_hidden_layers = len(layers)
-    try:
-        yield layers
-    finally:
-        layers.extend(others)
-        config.num_hidden_layers = len(layers)
+def largest_batches(data: Data) -> tuple[Batch, Batch]:
+    """The largest training batch and the largest evaluation batch, of a run that streams, as zeros."""
+    evaluated = copy(data)
+    evaluated.eval_tokens = few_evaluations(data)
+    evaluation = evaluated.largest(evaluated.evaluation_batches())
+    return data.largest(data.training_batches()) if data.train else evaluation, evaluation

@@ -29,7 +29,7 @@ def test_every_flag_is_in_help_with_its_default(script, capsys):
     with pytest.raises(SystemExit) as ended:
         SCRIPTS[script].main(["--help"])
     assert ended.value.code == 0
-    flags = "run-name model dataset batch_size lr epochs max_steps train_rows eval_rows train_text trained schedule seed log_every"
+    flags = "run-name model dataset batch_size lr epochs max_steps train_rows eval_rows train_text train_on max_length trained schedule seed log_every"
     flags += " warmup_steps save_every resume output_dir no_save_model demo "
     flags += {"finetune_base": "optimizer", "finetune_lowmem": "nostround no_compile memory_budget cross_entropy"}[
         script

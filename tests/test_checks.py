@@ -9,10 +9,11 @@ from support.training import CPU, as_lm, checkpointed, make_batch
 import finetune_lowmem
 from lowmem import adafactor, checks, placement
 from lowmem.adafactor import Adafactor
-from lowmem.training.batches import Data, Sequence
+from lowmem.training.batches import Sequence
+from lowmem.training.data import Data
 from lowmem.training.errors import UserError
 
-DATA = Data([Sequence(list(range(5 + row, 30 + 3 * row)), 4 + row) for row in range(2)], [], max_tokens=128)
+DATA = Data([Sequence.ending(list(range(5 + row, 30 + 3 * row)), 4 + row) for row in range(2)], [], max_tokens=128)
 
 
 def start(architecture, trained="layers", rounding="stochastic"):

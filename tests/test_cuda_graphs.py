@@ -16,8 +16,10 @@ import finetune_lowmem
 from lowmem import cuda_graphs, placement
 from lowmem.adafactor import Adafactor
 from lowmem.training import models
-from lowmem.training.batches import Data, Sequence, pad_batch
+from lowmem.training.batches import Sequence, pad_batch
+from lowmem.training.data import Data
 from lowmem.training.errors import UserError
+from lowmem.training.layouts import Lines
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Whether graphs pay
@@ -26,24 +28,24 @@ from lowmem.training.errors import UserError
 @pytest.mark.parametrize(
     ("steps", "scored", "no_compile", "expected"),
     [
-        (65, 0, False, (7, False)),
-        (64, 0, False, (0, False)),
-        (64, 1, False, (0, False)),
-        (64, 2, False, (8, False)),  # and two batches of evaluation, twice: three of them count as a step
-        (8000, 0, False, (7, True)),
-        (7999, 0, False, (7, False)),
-        (8000, 0, True, (0, False)),
+        (65, 0, False, (True, False)),
+        (64, 0, False, (False, False)),
+        (64, 1, False, (False, False)),
+        (64, 2, False, (True, False)),  # and two batches of evaluation, twice: three of them count as a step
+        (8000, 0, False, (True, True)),
+        (7999, 0, False, (True, False)),
+        (8000, 0, True, (False, False)),
     ],
 )
 def test_graphs_and_compiling_come_where_they_pay(steps, scored, no_compile, expected):
-    """On a GPU, a graph for each length that batches have: then multiples of 32."""
-    train = [Sequence([5] * (2 + 32 * (k % 7)), 1) for k in range(steps)]
-    data = Data(train, [Sequence([5] * 1024, 1)] * scored, max_tokens=1024, batch_size=1)
+    """On a GPU: then the lengths of batches are few."""
+    train = [Sequence.ending([5] * (2 + 32 * (k % 7)), 1) for k in range(steps)]
+    data = Data(train, [Sequence.ending([5] * 1024, 1)] * scored, max_tokens=1024, batch_size=1)
     args = SimpleNamespace(epochs=1, max_steps=None, no_compile=no_compile)
-    assert cuda_graphs.choose_kernels(args, data, torch.device("cpu")) == (0, False)
+    assert cuda_graphs.choose_kernels(args, data, torch.device("cpu")) == (False, False)
     found = cuda_graphs.choose_kernels(args, data, torch.device("cuda"))
     assert found == expected
-    assert data.multiple == (32 if found[0] else 8)
+    assert data.layout.few_lengths == found[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,27 +142,33 @@ def test_graphs_of_a_run_that_goes_on_have_the_same_shapes(no_captures):
     batches = [make_batch(rows=rows, length=64) for rows in (4, 30, 16, 3)]
     padded = []
     for start in range(len(batches)):
-        graphs = cuda_graphs.Graphs(lambda batch: torch.zeros(()), None, rows=30)
+        graphs = cuda_graphs.Graphs(lambda batch: torch.zeros(()), None)
         for batch in batches[:start]:
-            graphs.reserve(*batch.ids.shape, len(batch.targets))
+            graphs.reserve(batch.shape)
         padded.append([None] * start)
         for batch in batches[start:]:
             graphs(batch)
-            padded[-1].append(len(graphs.graphs[30, 64][1].targets))
+            padded[-1].append(graphs.graphs[64][1].shape)
     whole = padded[0]
-    assert whole[0] < whole[1] == whole[2] == whole[3]
+    assert whole[0].targets < whole[1].targets
+    assert whole[1] == whole[2] == whole[3]
     assert all(counts[start:] == whole[start:] for start, counts in enumerate(padded))
 
 
 def test_a_replay_has_its_batch_filled_up(no_captures):
-    graphs = cuda_graphs.Graphs(lambda batch: torch.zeros(()), None, rows=8)
-    for rows in (8, 5, 7):
-        batch = make_batch(rows=rows, length=64)
-        graphs(batch)
-        (inputs,) = [inputs for _, inputs, _ in graphs.graphs.values()]
-        filled = pad_batch(batch, 8, len(inputs.targets))
-        for name in ("ids", "positions", "targets", "weights"):
-            assert torch.equal(getattr(inputs, name), getattr(filled, name)), name
+    rows = [[Sequence.ending(range(1, n), 3) for n in lengths] for lengths in ([20] * 8, [30] * 5, [40, 50, 2])]
+    in_a_line = Data(rows[0], rows[1], 64)
+    in_a_line.layout = Lines(64, 64, few_lengths=True)
+    for batches in ([make_batch(rows=rows, length=64) for rows in (8, 5, 7)], [in_a_line.batch(r) for r in rows]):
+        graphs = cuda_graphs.Graphs(lambda batch: torch.zeros(()), None)
+        graphs.reserve(max(batch.shape for batch in batches))
+        for batch in batches:
+            graphs(batch)
+            inputs = graphs.graphs[batch.ids.shape[1]][1]
+            filled = pad_batch(batch, inputs.shape).tensors()
+            assert len(filled) >= 5
+            for name in filled.keys() - {"labels"}:
+                assert torch.equal(getattr(inputs, name), filled[name]), name
 
 
 def test_a_capture_for_each_shape_and_no_garbage_collected_within(no_captures):
@@ -173,7 +181,7 @@ def test_a_capture_for_each_shape_and_no_garbage_collected_within(no_captures):
             raise ValueError("not to be captured")
         return torch.zeros(())
 
-    graphs = cuda_graphs.Graphs(function, None, rows=8)
+    graphs = cuda_graphs.Graphs(function, None)
     for rows, length in [(8, 64), (5, 64), (8, 32), (300, 32)]:  # a batch of fewer rows is filled up
         graphs(make_batch(rows=rows, length=length))
     assert [c[:2] for c in captured] == [(8, 64), (8, 32), (300, 32)]
@@ -228,8 +236,12 @@ def gpu_steps(architecture, graphs, compiled=False):
         return loss.detach()
 
     if graphs:
-        cuda_graphs.warm_up(step, optimizer, 6, {32, 48})
-        step = cuda_graphs.Graphs(step, torch.cuda.graph_pool_handle(), rows=6)
+        of_length = [[Sequence.ending([1] * (length + 1), length - 14)] * 6 for length in (32, 48)]
+        data = Data(sum(of_length, []), [], 64, batch_size=6)
+        cuda_graphs.warm_up(step, optimizer, data)
+        step = cuda_graphs.Graphs(step, torch.cuda.graph_pool_handle())
+        for shape in data.shapes(of_length):
+            step.reserve(shape)
     losses = [step(make_batch(k, rows=4 + k // 2 % 3, length=32 + 16 * (k % 2)).to("cuda")) for k in range(20)]
     if graphs:
         assert len(step.graphs) == 2

@@ -7,14 +7,15 @@ from support.tiny import ARCHITECTURES, make_model
 from support.training import make_batch
 
 from lowmem.training import heads
-from lowmem.training.batches import Data, Sequence
+from lowmem.training.batches import Sequence
+from lowmem.training.data import Data
 from lowmem.training.errors import UserError
 
 
 def check(model, head, batch):
     """`check_head` of the loss that evaluation has."""
     with torch.no_grad():
-        evaluation = lambda hidden: -head.log_probs(hidden, batch.targets).mean()  # noqa: E731
+        evaluation = lambda hidden: -head.score_targets(hidden, batch.targets)[:, 0].mean()  # noqa: E731
         heads.check_head(model, head, batch, {"evaluation": evaluation})
 
 
@@ -25,11 +26,14 @@ def test_logits_and_log_probs_are_the_models_own(architecture, monkeypatch):
     model, batch = make_model(architecture), make_batch(rows=2)
     head = heads.Head(model)
     with torch.no_grad():
-        own = model(input_ids=batch.ids).logits.flatten(0, 1)[batch.positions]
-        hidden = model.base_model(input_ids=batch.ids).last_hidden_state.flatten(0, 1)[batch.positions]
+        own = model(input_ids=batch.ids).logits.flatten(0, 1)[batch.indices]
+        hidden = model.base_model(input_ids=batch.ids).last_hidden_state.flatten(0, 1)[batch.indices]
         torch.testing.assert_close(head.logits(hidden), own, atol=1e-5, rtol=1e-5)
+        batch.targets[::3] = own[::3].argmax(-1)
+        found = head.score_targets(hidden, batch.targets)
         scores = own.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
-        torch.testing.assert_close(head.log_probs(hidden, batch.targets), scores, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[:, 0], scores, atol=1e-5, rtol=1e-5)
+        assert torch.equal(found[:, 1], (own.argmax(-1) == batch.targets).float())
     check(model, head, batch)
 
 
@@ -74,7 +78,7 @@ def test_a_known_head_is_not_refused_for_few_and_likely_targets(rank):
         ids = torch.randint(5, model.config.vocab_size, (1, 7), generator=torch.Generator().manual_seed(seed))
         with torch.no_grad():
             target = model(input_ids=ids).logits[0, -1].argsort(descending=True)[rank]
-        check(model, head, data.batch([Sequence([*ids[0].tolist(), target.item()], 1)]))
+        check(model, head, data.batch([Sequence.ending([*ids[0].tolist(), target.item()], 1)]))
 
 
 def test_damaged_weights_are_said():

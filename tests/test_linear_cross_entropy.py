@@ -66,12 +66,12 @@ def test_bf16_loss_is_no_worse_than_the_models_own_in_bf16(architecture):
 @pytest.mark.parametrize("architecture", ["llama", "phi", "gemma2"])
 def test_padded_rows_and_targets_change_neither_loss_nor_scores(architecture):
     lm, batch = as_lm(make_model(architecture)), make_batch()
-    padded = pad_batch(batch, 7, 256)
+    padded = pad_batch(batch, batch.shape._replace(rows=7, targets=256))
     assert padded.ids.shape == (7, 24)
-    assert len(padded.targets) == len(padded.positions) == len(padded.weights) == 256 > len(batch.targets)
+    assert len(padded.targets) == len(padded.indices) == len(padded.weights) == 256 > len(batch.targets)
     loss, loss_of_padded = (finetune_lowmem.training_loss(lm, b).item() for b in (batch, padded))
     assert loss_of_padded == pytest.approx(loss, rel=1e-6)
-    torch.testing.assert_close(lm.log_probs(padded)[: len(batch.targets)], lm.log_probs(batch))
+    torch.testing.assert_close(lm.score_targets(padded)[: len(batch.targets)], lm.score_targets(batch))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ import finetune_base
 import finetune_lowmem
 from lowmem import placement
 from lowmem.training import models
-from lowmem.training.batches import Data, Sequence
+from lowmem.training.batches import Sequence
+from lowmem.training.data import Data
 from lowmem.training.errors import UserError
 
-DATA = Data([Sequence([5, 6, 7], 1)], [], max_tokens=128)
+DATA = Data([Sequence.ending([5, 6, 7], 1)], [], max_tokens=128)
 
 
 @pytest.mark.parametrize("trained", ["layers", "all"])
@@ -70,7 +71,7 @@ def test_a_layer_s_hooks_run_again_in_backward_and_only_there():
         layer.register_forward_pre_hook(lambda *_, k=k: runs.append(k))
     lm, batch = as_lm(network), make_batch()
     with torch.no_grad():
-        lm.log_probs(batch)
+        lm.score_targets(batch)
     assert runs == [0, 1]
     finetune_lowmem.training_loss(lm, batch).backward()
     assert runs == [0, 1, 0, 1, 1, 0]
@@ -107,7 +108,7 @@ def test_a_model_that_sees_later_tokens_is_refused_by_name():
 
 
 def test_a_tokenizer_of_another_model_is_refused():
-    data = Data([Sequence([5, 400, 7], 1)], [], max_tokens=128)
+    data = Data([Sequence.ending([5, 400, 7], 1)], [], max_tokens=128)
     with pytest.raises(UserError, match="ids up to 400 where LlamaForCausalLM knows 400"):
         models.check_causal(as_lm(make_model()), data, make_batch())
 

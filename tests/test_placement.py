@@ -8,7 +8,6 @@ from support.training import CPU, as_lm, make_batch
 
 from lowmem import placement
 from lowmem.training import memory, models
-from lowmem.training.batches import Data, Sequence
 from lowmem.training.errors import UserError
 
 GIB = memory.GIB
@@ -64,12 +63,12 @@ def test_layers_unlike_the_others_or_with_a_shared_weight_never_stream():
     network = make_model("llama", num_hidden_layers=5)
     layers = models.decoder_layers(network)
     layers[0].mlp.up_proj = torch.nn.Linear(32, 96, bias=False)
-    assert placement.streamable_layers(network) == list(layers)[1:]
+    assert models.streamable_layers(network) == list(layers)[1:]
     layers[4].mlp.up_proj = torch.nn.Linear(32, 96, bias=False)
-    assert placement.streamable_layers(network) == list(layers)[1:4]  # the most, not those like the last
+    assert models.streamable_layers(network) == list(layers)[1:4]  # the most, not those like the last
     layers[4].mlp.up_proj = torch.nn.Linear(32, 64, bias=False)
     layers[2].mlp.up_proj.weight = layers[4].mlp.up_proj.weight
-    assert placement.streamable_layers(network) == [layers[1], layers[3]]
+    assert models.streamable_layers(network) == [layers[1], layers[3]]
 
 
 @pytest.mark.parametrize(
@@ -86,17 +85,10 @@ def test_layers_that_stream_are_spread_over_the_depth(streamed, expected):
 def test_the_first_layers_make_a_model_too(architecture):
     network, batch = make_model(architecture, num_hidden_layers=5), make_batch()
     whole = network(input_ids=batch.ids).logits
-    with placement.first_layers(network, 2) as few:
+    with models.first_layers(network, 2) as few:
         assert len(few) == len(models.decoder_layers(network)) == 2
         assert not torch.equal(network(input_ids=batch.ids).logits, whole)
     assert torch.equal(network(input_ids=batch.ids).logits, whole)
-
-
-def test_the_largest_batch_is_as_large_as_any():
-    train = [Sequence([0] * (4 + n % 30), 1 + n % 3) for n in range(50)]
-    batch = Data(train, [], max_tokens=2048, multiple=16).largest(train, 8)
-    assert batch.ids.shape == (8, 32)
-    assert len(batch.targets) == 8 * 3
 
 
 def test_a_batch_size_above_the_number_of_rows_means_all_of_them(run):

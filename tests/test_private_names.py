@@ -15,7 +15,10 @@ from support.tiny import make_model
 def test_of_transformers():
     from transformers.integrations.accelerate import load_offloaded_parameter
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+    from transformers.utils.chat_template_utils import render_jinja_template
 
+    names = {"conversations", "tools", "chat_template", "return_assistant_tokens_mask"}
+    assert names <= inspect.signature(render_jinja_template).parameters.keys()  # data/chat.py
     assert list(inspect.signature(load_offloaded_parameter).parameters)[:2] == ["model", "param_name"]  # saved_model.py
     assert "fp8" in AUTO_QUANTIZATION_CONFIG_MAPPING  # source.py
     model = make_model()

@@ -10,7 +10,8 @@ from support.tiny import make_model
 
 import common
 from lowmem.training import memory, records
-from lowmem.training.batches import Data
+from lowmem.training.batches import Sequence
+from lowmem.training.data import Data
 
 
 @both_scripts
@@ -44,7 +45,7 @@ def test_the_first_screen_says_how_much_is_trained_and_the_last_what_came_of_it(
     said = {what.strip(): text for what, text in re.findall(r"^  (\w.{12} )(\S.*)$", first, re.MULTILINE)}
     assert said["parameters"].startswith(f"{summary['trained_params']:,} of {summary['total_params']:,} trained (")
     assert (said["rows"], said["steps"]) == ("60 to train on, 16 held out", "3")
-    assert last.startswith("3 steps, 24 rows, ")
+    assert last.startswith("3 steps, 23 rows, ")  # of 60 rows, in 8 batches of 7 or 8
     before, after = summary["eval"]
     for title, e in (("before", before), ("epoch 1", after)):
         assert re.search(rf"^{title} +{e['acc']:.2f} +{e['acc_norm']:.2f} +{e['gold_nll']:.3f}$", last, re.MULTILINE)
@@ -118,5 +119,6 @@ def test_records_have_no_gap_and_no_repeat_when_resumed_between_log_lines(run, t
 
 
 def test_data_describe_themselves():
-    assert Data([1] * 1200, [1], 9).describe() == "1,200 sequences to train on, 1 held out"
-    assert common.HellaSwag([1] * 1200, [1] * 8, 9, rows=[0, 0]).describe() == "1,200 to train on, 2 held out"
+    row = Sequence.ending([1, 2], 1)
+    assert Data([row] * 1200, [row], 9).describe() == "1,200 sequences to train on, 1 held out"
+    assert common.HellaSwag([row] * 1200, [row] * 8, 9, rows=[0, 0]).describe() == "1,200 to train on, 2 held out"

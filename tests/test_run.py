@@ -17,14 +17,14 @@ from support.runs import assert_same_run, both_scripts, lines, timeless, weights
 from support.tiny import make_model, many_rows, write_jsonl
 from support.training import make_batch, make_run
 
-import common
 import finetune_lowmem
 from lowmem import cuda_graphs
-from lowmem.training import checkpoint, memory, models, signals
+from lowmem.training import checkpoint, evaluation, memory, models, signals
 from lowmem.training import run as runs
+from lowmem.training.data import Scores
 from lowmem.training.errors import Diverged, Interrupted, UserError
 from lowmem.training.records import Records
-from lowmem.training.run import BAD_STEPS, Run, Scores
+from lowmem.training.run import BAD_STEPS, Run
 
 OPTIMIZERS = [("finetune_lowmem", ())] + [("finetune_base", ("--optimizer", o)) for o in ("Adam", "Adafactor", "SGD")]
 IDS = ["lowmem", "Adam", "Adafactor", "SGD"]
@@ -97,7 +97,7 @@ def test_a_run_expects_the_batches_of_its_first_epoch_and_those_before_a_break(r
     seen, made, plain, plain_init = [], [], Run.after_step, Run.__init__
 
     def after_step(run, loss):
-        seen.append((*run.batch.ids.shape, len(run.batch.targets)))
+        seen.append(run.batch.shape)
         plain(run, loss)
 
     monkeypatch.setattr(Run, "after_step", after_step)
@@ -115,7 +115,7 @@ def test_a_run_expects_the_batches_of_its_first_epoch_and_those_before_a_break(r
 def test_a_run_made_meanwhile_is_kept(run, monkeypatch, tmp_path):
     """Two commands of one name, both before they make the folder; the other one has ended when this one comes to it."""
     plain = models.load
-    monkeypatch.setattr(models, "load", lambda *args: ((tmp_path / "r").mkdir(), plain(*args))[1])
+    monkeypatch.setattr(models, "load", lambda *args, **how: ((tmp_path / "r").mkdir(), plain(*args, **how))[1])
     with pytest.raises(UserError, match="r was made meanwhile by another process: take another --run-name"):
         run("finetune_lowmem", "r")
     assert not list((tmp_path / "r").iterdir())
@@ -288,7 +288,7 @@ def test_a_model_with_dropout_goes_on_bit_for_bit(script, run, tmp_path, tokeniz
     flags = {"model": tmp_path / "model"}
     _, whole = run(script, "whole", "--epochs", 2, **flags)
     plain = models.load
-    monkeypatch.setattr(models, "load", lambda *args: (torch.rand(random.randrange(9)), plain(*args))[1])
+    monkeypatch.setattr(models, "load", lambda *args, **how: (torch.rand(random.randrange(9)), plain(*args, **how))[1])
     run(script, "parts", "--epochs", 2, "--max_steps", 5, **flags)
     _, parts = run(script, "parts", "--epochs", 2, "--resume", **flags)
     assert_same_run(whole, parts)
@@ -538,7 +538,7 @@ def test_scores_that_are_not_finite_end_the_run_and_are_not_recorded(run, monkey
         run("finetune_base", "r", "--optimizer", "SGD", "--epochs", 1, *LITTLE, "--batch_size", 8, "--lr", 1e18)
     assert [m["step"] for m in lines(tmp_path / "r" / "metrics.jsonl")] == [0, 2, 4, 6, 8]
     assert not (tmp_path / "r" / "eval_epoch1.jsonl").exists()
-    monkeypatch.setattr(common, "evaluate", lambda *_: Scores({}, [], finite=False))
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: Scores({}, [], finite=False))
     with pytest.raises(Diverged, match="after 0 steps gives scores that are not finite: the weights are damaged$"):
         run("finetune_base", "s")
 

@@ -11,6 +11,7 @@ from support.tiny import make_model
 from support.training import CPU
 
 from lowmem import sharding
+from lowmem.linear_cross_entropy import LinearCrossEntropy
 from lowmem.training import heads, parallel
 
 
@@ -51,13 +52,18 @@ def test_a_sharded_heads_log_probs_and_gradient(architecture, ranks, sharded_hea
     true = true + (0 if plain.bias is None else plain.bias.detach().double())
     if plain.softcap:
         true = plain.softcap * torch.tanh(true / plain.softcap)
+    targets[::3] = true[::3].argmax(-1)
     truth = true.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     (truth * upstream).sum().backward()
     for head in sharded_heads(architecture, ranks)[:: ranks - 1]:
         assert head.layer.own_rows.shape == (14, 30 // ranks, 32)
         y = hidden.clone().requires_grad_()
-        found = head.log_probs(y, targets)
+        found = LinearCrossEntropy.apply(y, targets, head.weight, head.bias, head)
         (found * upstream).sum().backward()
+        with torch.no_grad():
+            scores = head.score_targets(y, targets)
+        assert torch.equal(scores[:, 0], found)
+        assert torch.equal(scores[:, 1], (true.argmax(-1) == targets).float())
         assert (found - truth).abs().max() < 1e-4
         assert (y.grad - x.grad).norm() < 1e-5 * x.grad.norm()
         assert F.mse_loss(head.logits(hidden).double(), true) < 1e-8

@@ -158,11 +158,11 @@ def test_a_second_signal_ends_at_once(argv, commands, tmp_path):
     ("where", "said", "left"),
     [
         ("models.load", "start the same command again", False),
-        ("common.evaluate", "the same command with --resume starts from the beginning", True),
+        ("evaluation.evaluate", "the same command with --resume starts from the beginning", True),
     ],
 )
 def test_a_signal_between_steps_ends_at_once(where, said, left, argv, commands, tmp_path):
-    waits = "import common, time; from lowmem.training import models\n"
+    waits = "import time; from lowmem.training import evaluation, models\n"
     waits += f"{where} = lambda *_: (print('waiting', flush=True), time.sleep(60))"
     command = commands.start("finetune_lowmem", *argv("r"), first=waits)
     assert wait_until(lambda: "waiting" in command.out.read_text(), command)

@@ -1,6 +1,7 @@
 """The flags that both scripts have, and what can be refused before anything is loaded."""
 
 import argparse
+import datetime
 import math
 import os
 import re
@@ -8,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from lowmem.training import checkpoint, demo, parallel
+from lowmem.training import checkpoint, demo, parallel, source
 from lowmem.training.errors import UserError
 from lowmem.training.run import SCHEDULES
 
@@ -69,17 +70,30 @@ def parser(script: str, description: str, batch_size: int, lr: float, demo_lr: f
         help="folder under --output_dir; letters, digits, '.', '_', '-'")  # fmt: skip
     add("--model", default="meta-llama/Llama-3.2-1B", help="hub id or local folder of a Hugging Face causal LM")
     add("--dataset", default="Rowan/hellaswag",
-        help="hub id; or folder written by save_to_disk; or folder with train and validation as jsonl, jsonl.gz or "
-        "parquet, whole or in the hub's parts (train-00000-of-00001.parquet)")  # fmt: skip
+        help="HellaSwag, or rows of messages, of prompt and completion, of instruction and output, or of text: hub id; "
+        "or folder written by save_to_disk; or folder with train and validation, test or eval as jsonl, jsonl.gz, "
+        "json, csv or parquet, whole or in the hub's parts (train-00000-of-00001.parquet); or one file")  # fmt: skip
     add("--train_rows", type=count, metavar="N", help="rows: train on the first N of the train split; None: all")
-    add("--eval_rows", type=count, metavar="N", help="rows: evaluate on the first N of the held-out split; None: all")
+    add("--eval_rows", type=count, metavar="N",
+        help="rows: evaluate on the first N of the held-out split; None: all. Without such a split: on N of the train "
+        "split, at most a tenth of it; None: 200")  # fmt: skip
     add("--train_text", choices=["harness", "raw"], default="harness",
-        help="harness: train on the text that is evaluated; raw: ctx + ' ' + ending")  # fmt: skip
+        help="HellaSwag: harness: train on the text that is evaluated; raw: ctx + ' ' + ending")  # fmt: skip
+    add("--train_on", choices=["answers", "all"], default="answers",
+        help="of other rows: answers: the assistant's turns, completions and outputs; all: every token")  # fmt: skip
+    add("--max_length", type=count, metavar="N",
+        help="tokens of a row; longer ones are cut at their ends, HellaSwag's at their starts; None: what the model "
+        "takes")  # fmt: skip
     add("--trained", choices=["layers", "all"], default="layers",
         help="layers: the decoder layers; all: embeddings, head and final norm too")  # fmt: skip
     add("--demo", action="store_true",
         help="SmolLM2-135M and real HellaSwag rows from Python packages, no account needed; changes the defaults to "
         + demo_flags)  # fmt: skip
+    add(
+        "--dry_run",
+        action="store_true",
+        help="without the weights: say what would be trained, how it looks to the model and what memory it would take",
+    )
     # How
     add("--batch_size", type=count, default=batch_size, metavar="N", help="rows per step")
     add("--lr", type=above_zero, default=lr, help="learning rate")
@@ -129,6 +143,9 @@ def parse(made: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     if not writable:
         name = str(run_dir)[:200].encode(errors="backslashreplace").decode()
         raise UserError(f"{name} cannot be written: choose another --output_dir")
+    if args.dry_run and (args.resume or parallel.under_torchrun()):
+        raise UserError("--dry_run is for one process and from the beginning: leave --resume and torchrun out")
+    args.date = parallel.gather_objects(day_of_run(run_dir if args.resume else None))[0]
     if args.resume and parallel.rank() == 0:
         with checkpoint.lock(run_dir):
             checkpoint.check_resume(args, run_dir)
@@ -137,3 +154,15 @@ def parse(made: Parser, argv: list[str] | None = None) -> argparse.Namespace:
         print(f"{run_dir} is finished: its scores are in summary.json{model}")
         sys.exit(0)
     return args
+
+
+def day_of_run(run_dir: Path | None) -> str | None:
+    """The day on which the run began, which chat templates may name, as ISO text; None of a run that kept none.
+
+    run_dir: folder of a run that goes on. Without one, or if it is damaged, which is refused later, it is today.
+    """
+    today = datetime.date.today().isoformat()
+    try:
+        return source.read_json(run_dir / "config.json").get("date") if run_dir else today
+    except (OSError, ValueError, AttributeError):
+        return today

@@ -18,18 +18,18 @@ from pathlib import Path
 import torch
 
 from lowmem.training import memory, parallel, source
-from lowmem.training.batches import Data
+from lowmem.training.data import Data
 from lowmem.training.errors import UserError
 from lowmem.training.models import CausalLM
 
 REST_BYTES = 2**20  # beside tensors and metrics: names, sums, what the file system needs
-FORMAT = 5  # of a checkpoint; one of another format is refused
+FORMAT = 6  # of a checkpoint; one of another format is refused
 FILE_BYTES = 2**27  # of a checkpoint's file; two copies of it, from a GPU three, are in host memory while it is written
 HASHED_BYTES = 2**25  # in host memory at a time, of files and weights that are hashed
 SUMS = "SHA256SUMS"  # as the command sha256sum writes and checks
 SETTINGS_FREE_TO_CHANGE = {
     "run_name", "output_dir", "resume", "epochs", "max_steps", "log_every", "save_every", "no_save_model", "no_compile",
-    "memory_budget",
+    "memory_budget", "dry_run",
 }  # fmt: skip
 
 

@@ -73,10 +73,14 @@ class Head:
         size = max(1, MAX_LOGITS // (rows or self.weight.shape[0]))
         return [tensor.split(size) for tensor in tensors]
 
-    def log_probs(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """fp32 [n]: log-probability of targets [n] after hidden [n, width]."""
-        blocks = zip(*self.blocks(hidden, targets), strict=True)
-        return torch.cat([-F.cross_entropy(self.logits(h), t, reduction="none") for h, t in blocks])
+    def score_targets(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """fp32 [n, 2]: log-probability of targets [n] after hidden [n, width]; 1 where no token is likelier, else 0."""
+        scores = []
+        for h, t in zip(*self.blocks(hidden, targets), strict=True):
+            logits = self.logits(h)
+            right = logits.gather(1, t[:, None]).squeeze(1) >= logits.amax(1)
+            scores.append(torch.stack([-F.cross_entropy(logits, t, reduction="none"), right.float()], 1))
+        return torch.cat(scores)
 
 
 def check_head(
@@ -90,11 +94,11 @@ def check_head(
     the loss of a single target: its logit and the largest one are off by up to 1/256 of the largest each.
     """
     name = type(network).__name__
-    hidden = network.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-    hidden = hidden.flatten(0, 1)[batch.positions]
+    hidden = network.base_model(**batch.inputs(), use_cache=False).last_hidden_state
+    hidden = hidden.flatten(0, 1)[batch.indices]
     for gain in (1.0, 50 / max(head.logits(hidden).abs().max().item(), 1e-6)):
         handle = head.layer.register_forward_pre_hook(lambda module, args, gain=gain: (args[0] * gain,))
-        logits = network(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)[batch.positions]
+        logits = network(**batch.inputs(), use_cache=False).logits.flatten(0, 1)[batch.indices]
         handle.remove()
         own, largest = F.cross_entropy(logits.float(), batch.targets).item(), logits.abs().max().item()
         if not math.isfinite(own):

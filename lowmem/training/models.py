@@ -1,9 +1,10 @@
 """A causal LM to train: what of it trains, its hidden states and log-probabilities, its checks."""
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from lowmem.training import heads, memory, parallel, source, weights
-from lowmem.training.batches import Batch, Data
+from lowmem.training.batches import Batch
+from lowmem.training.data import Data
 from lowmem.training.errors import UserError, refuse_what_fails
 
 
@@ -56,19 +58,22 @@ class CausalLM:
     def logits(self, batch: Batch) -> torch.Tensor:
         """[rows, length, vocabulary], as the model itself makes them."""
         with self.precision():
-            return self.network(input_ids=batch.ids, use_cache=False).logits
+            return self.network(**batch.inputs(), use_cache=False).logits
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """[n, width]: the last hidden state at the positions that predict the batch's n targets."""
         with self.precision():
-            hidden = self.network.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1)[batch.positions]
+            hidden = self.network.base_model(**batch.inputs(), use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1)[batch.indices]
 
-    def log_probs(self, batch: Batch) -> torch.Tensor:
-        """fp32 [n]: log-probability of each target of the batch; logits are made for them only, in blocks."""
-        log_probs = self.head.log_probs(self.hidden_states(batch), batch.targets)
+    def score_targets(self, batch: Batch) -> torch.Tensor:
+        """fp32 [n, 2]: of each target of the batch its log-probability, and 1 where no token is likelier, else 0.
+
+        Logits are made for targets only, in blocks.
+        """
+        scores = self.head.score_targets(self.hidden_states(batch), batch.targets)
         parallel.reshard(self.network)
-        return log_probs
+        return scores
 
     def check(self, data: Data, cross_entropy: Callable[..., torch.Tensor] | None = None) -> None:
         """Refuse a model that is not causal, or whose own loss differs from evaluation's or from `cross_entropy`.
@@ -77,7 +82,7 @@ class CausalLM:
         """
         batch = data.small().to(self.device)
         check_causal(self, data, batch)
-        losses = {"evaluation": lambda hidden: -self.head.log_probs(hidden, batch.targets).mean()}
+        losses = {"evaluation": lambda hidden: -self.head.score_targets(hidden, batch.targets)[:, 0].mean()}
         if cross_entropy:
             losses["cross entropy"] = lambda hidden: cross_entropy(self.head, hidden, batch.targets, batch.weights)
         with torch.no_grad(), mode(self.network, training=False), self.precision():
@@ -88,16 +93,22 @@ class CausalLM:
         state = torch.cuda.get_rng_state if batch.ids.is_cuda else torch.get_rng_state
         before = state()
         with torch.no_grad(), mode(self.network, training=True), self.precision():
-            self.network.base_model(input_ids=batch.ids, use_cache=False)
+            self.network.base_model(**batch.inputs(), use_cache=False)
         return not torch.equal(before, state())
 
 
-def load(name: str, dtype: torch.dtype, trained: str, precision: Callable[[], AbstractContextManager]) -> CausalLM:
+def load(
+    name: str, dtype: torch.dtype, trained: str, precision: Callable[[], AbstractContextManager], stand_in: bool = False
+) -> CausalLM:
     """The causal LM `name` (hub id or folder) with weights of `dtype`, in host memory. Raises UserError.
 
-    trained: see `choose_trained`.
+    trained: see `choose_trained`. stand_in: whether no weights are read: random ones of what `layers_to_measure` says
+    stand for all.
     """
-    network = weights.load(name, dtype)
+    network = weights.stand_in(name, dtype) if stand_in else weights.load(name, dtype)
+    if stand_in:
+        with first_layers(network, layers_to_measure(network)):
+            weights.randomise(network)
     chosen = choose_trained(network, trained)
     if parallel.world_size() == 1:  # of several ranks `fsdp.shard` does that
         for p in chosen.values():  # transformers has routers in fp32 from 5.24 on, whatever their files hold
@@ -122,6 +133,49 @@ def decoder_layers(network: torch.nn.Module) -> torch.nn.ModuleList:
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
             return module
     raise UserError(f"{type(network).__name__} is not supported: its decoder layers cannot be found")
+
+
+def streamable_layers(network: torch.nn.Module) -> list[torch.nn.Module]:
+    """The decoder layers that can stream: the largest group with parameters alike, none of which another layer has too.
+
+    Others, as a first layer without experts, stay.
+    """
+    layers = decoder_layers(network)
+    uses = Counter(p for layer in layers for p in layer.parameters())
+    shapes = [[(p.shape, p.dtype) for p in layer.parameters()] for layer in layers]
+    group = max(shapes, key=lambda own: shapes.count(own) * sum(shape.numel() for shape, _ in own), default=None)
+    alike = [layer for layer, own in zip(layers, shapes, strict=True) if own == group]
+    return [layer for layer in alike if all(uses[p] == 1 for p in layer.parameters())]
+
+
+def layers_to_measure(network: torch.nn.Module) -> int:
+    """How many first decoder layers show what a step takes: among them two that can stream, and one of each kind."""
+    layers, alike = list(decoder_layers(network)), streamable_layers(network)
+    kinds = [[type(module) for module in layer.modules()] for layer in layers]
+    return 1 + max([kinds.index(kind) for kind in kinds] + [layers.index(layer) for layer in alike[:2]])
+
+
+@contextmanager
+def first_layers(network: torch.nn.Module, count: int) -> Iterator[torch.nn.ModuleList]:
+    """In this context the model has its first `count` decoder layers only; yields them."""
+    layers, config = decoder_layers(network), network.config.get_text_config()
+    others = list(layers)[count:]
+    del layers[count:]
+    config.num_hidden_layers = len(layers)
+    try:
+        yield layers
+    finally:
+        layers.extend(others)
+        config.num_hidden_layers = len(layers)
+
+
+def windows_below(network: torch.nn.Module, longest: int) -> set[int]:
+    """The windows of attention, in tokens, of the model's layers, that are smaller than `longest`."""
+    config = network.config.get_text_config()
+    kinds = (getattr(config, "layer_types", None) or ["sliding_attention"])[: len(decoder_layers(network))]
+    windows = {getattr(config, "sliding_window", None)} if "sliding_attention" in kinds else set()
+    windows |= {getattr(config, "attention_chunk_size", None)}
+    return {window for window in windows if window is not None and window < longest}
 
 
 def choose_trained(network: torch.nn.Module, trained: str) -> dict[str, torch.nn.Parameter]:
@@ -194,36 +248,46 @@ def mode(network: torch.nn.Module, training: bool) -> Iterator[None]:
 
 def check_causal(lm: CausalLM, data: Data, batch: Batch) -> None:
     """Refuse a model that does not take the data's ids, whose decoder layers do not all run on them, or in which a
-    position sees later ones and so its answer. Raises UserError.
+    position sees later ones and so its answer, or another row. Raises UserError.
 
     Training and evaluation pad on the right without a mask, which causality alone makes right.
     """
     network = lm.network
     largest, size = data.largest_id(), network.get_input_embeddings().num_embeddings
-    half = batch.ids.shape[1] // 2
     if largest >= size:
         raise UserError(
             f"the tokenizer gives ids up to {largest} where {lm.name} knows {size}: they do not belong together"
         )
-    changed = batch.ids.clone()
-    changed[:, half:] = (changed[:, half:] + 1) % size
+    changed, same = change_first_row(batch, network)
     idle = set(lm.layers)
     handles = [layer.register_forward_pre_hook(lambda layer, *_: idle.discard(layer)) for layer in idle]
     with refuse_what_fails(network), torch.no_grad(), lm.precision():
         with mode(network, training=False):
             before, after = (
-                network.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :half].float()
-                for ids in (batch.ids, changed)
+                network.base_model(**b.inputs(), use_cache=False).last_hidden_state.flatten(0, 1)[same].float()
+                for b in (batch, changed)
             )
         with mode(network, training=True):
-            network.base_model(input_ids=batch.ids, use_cache=False)  # dropout may fail
+            network.base_model(**batch.inputs(), use_cache=False)  # dropout may fail
     for handle in handles:
         handle.remove()
     if idle:
         raise UserError(f"{lm.name} is not supported: what is taken for its decoder layers does not all run on text")
     # equal shapes run the same kernels; 1 % leaves room for those whose sums run in another order
     if (before - after).norm() > 0.01 * before.norm():
-        raise UserError(f"{lm.name} is not supported: it is not causal, a token changes what comes before it")
+        raise UserError(
+            f"{lm.name} is not supported: it is not causal, a token changes what comes before it or another row"
+        )
+
+
+def change_first_row(batch: Batch, network: torch.nn.Module) -> tuple[Batch, torch.Tensor]:
+    """(the batch with other tokens in the second half of its first row, flat indices of all positions but those)."""
+    ids, end = batch.ids.clone().flatten(), batch.ids.shape[1]
+    if batch.row_starts is not None:
+        end = batch.row_starts[1].item()
+    ids[end // 2 : end] = (ids[end // 2 : end] + 1) % network.get_input_embeddings().num_embeddings
+    same = torch.cat([torch.arange(end // 2), torch.arange(end, len(ids))]).to(ids.device)
+    return replace(batch, ids=ids.view_as(batch.ids)), same
 
 
 class Fp32Products(TorchFunctionMode):

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -15,7 +14,8 @@ import torch
 from tqdm import tqdm
 
 from lowmem.training import checkpoint, memory, parallel, records, saved_model
-from lowmem.training.batches import Batch, Data
+from lowmem.training.batches import Batch, Shape
+from lowmem.training.data import Data, Scores
 from lowmem.training.errors import Diverged, UserError
 from lowmem.training.models import CausalLM
 from lowmem.training.signals import Signals
@@ -48,15 +48,6 @@ def seed_everything(seed: int) -> None:
     """Seed Python's and torch's random numbers, on each rank others."""
     random.seed(seed)
     torch.manual_seed(seed + parallel.rank())  # of dropout, which each rank draws for its own rows
-
-
-@dataclass
-class Scores:
-    """What an evaluation finds: `values` by name, and `rows`, a dict for each held-out row; whether all is finite."""
-
-    values: dict[str, float]
-    rows: list[dict]
-    finite: bool
 
 
 class Run:
@@ -112,6 +103,7 @@ class Run:
         count, total = self.lm.trained_parameters, self.lm.total_parameters
         records.say("parameters", f"{count:,} of {total:,} trained ({100 * count / total:.1f} %)")
         records.say("rows", self.data.describe())
+        records.say("tokens", self.data.describe_tokens())
         records.say("steps", f"{self.steps:,}")
         parallel.reshard(self.lm.network)  # after the start-up checks
         self.state = {"args": vars(args)}
@@ -190,14 +182,14 @@ class Run:
                 self.progress.update(epoch=epoch, batch=0)
             yield epoch
 
-    def expected_shapes(self) -> Iterator[tuple[int, int, int]]:
+    def expected_shapes(self) -> Iterator[Shape]:
         """Yield the `Data.shape` of each batch of the first epoch, and of the later ones before the checkpoint.
 
         A run that goes on expects what it would by then without the break, also if --epochs or --max_steps changed.
         """
         for epoch in range(1, self.progress["epoch"] + 1):
             end = self.progress["batch"] if 1 < epoch == self.progress["epoch"] else None
-            for rows in self.data.training_order(self.args.seed, epoch)[:end]:
+            for rows in self.data.training_order(epoch)[:end]:
                 yield self.data.shape([self.data.train[row] for row in rows])
 
     def batches(self, epoch: int) -> Iterator[Batch]:
@@ -205,7 +197,7 @@ class Run:
 
         While one is worked on, signals wait: a step is never cut in two.
         """
-        order = self.data.training_order(self.args.seed, epoch)
+        order = self.data.training_order(epoch)
         self.memory.start("train")
         self._start_clock()
         done = self.progress["batch"]
@@ -217,7 +209,7 @@ class Run:
                         break
                     set_learning_rate(self.optimizer, learning_rate(self.args, self.progress["step"], self.steps))
                     self.batch = self.data.batch([self.data.train[row] for row in rows])
-                    yield self.batch.shard().to(self.device)
+                    yield self.batch.to(self.device)
             self._stop_clock()
             bad, step = self.bad_steps.item(), self.progress["step"]
             is_last = self.stopped or epoch == self.args.epochs
@@ -333,6 +325,7 @@ class Run:
             "steps": progress["step"],
             "rows": progress["rows"],
             "target_tokens": progress["target_tokens"],
+            "data": self.data.counts,
             "eval": progress["eval"],
             "train_seconds": seconds,
             "seconds_to_first_step": self.seconds_to_first_step,

@@ -59,6 +59,23 @@ def load(name: str, dtype: torch.dtype) -> torch.nn.Module:
     return model
 
 
+def stand_in(name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The causal LM `name` without its weights: they have their places in host memory, of which none is taken yet."""
+    network, _ = source.empty_model(name, dtype)
+    network.to_empty(device="cpu")
+    network.tie_weights()
+    _compute_buffers(network, dtype)
+    return network
+
+
+@torch.no_grad()
+def randomise(network: torch.nn.Module) -> None:
+    """Give all parameters random values that make finite numbers in a forward pass, drawn on a GPU if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for p in network.parameters():
+        p.copy_(torch.randn(p.shape, dtype=p.dtype, device=device) * 0.02 if p.ndim > 1 else torch.ones_like(p))
+
+
 def _check_conversions(name, dtype):
     """Refuse a model of which what each rank makes in host memory of its own does not fit there: merged experts, or
     all weights where they are quantised.

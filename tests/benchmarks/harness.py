@@ -17,7 +17,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import common
-from lowmem.training import demo, records, tokenizing
+from lowmem.training import demo, evaluation, records, tokenizing
 from lowmem.training.heads import Head
 from lowmem.training.models import CausalLM
 
@@ -60,7 +60,7 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prepared, scored = common.evaluation_rows(rows, tokenizer, max_tokens)
     data = common.HellaSwag([], scored, max_tokens, rows=prepared)
-    scores = common.evaluate(CausalLM(model, Head(model), {}, torch.no_grad), data, model.device)
+    scores = evaluation.evaluate(CausalLM(model, Head(model), {}, torch.no_grad), data, model.device)
     ours = [row["loglikelihoods"] for row in scores.rows]
     theirs, accuracy = harness_results(model, tokenizer, rows)
     result = {

@@ -38,7 +38,7 @@ def nll_of_right_endings(lm, data):
     total, right = 0.0, (data.scored[4 * at + row.label] for at, row in enumerate(data.rows))
     sequences = sorted(right, key=lambda s: len(s.ids))
     for start in range(0, len(sequences), 16):
-        total -= lm.log_probs(data.batch(sequences[start : start + 16])).sum().item()
+        total -= lm.score_targets(data.batch(sequences[start : start + 16]))[:, 0].sum().item()
     return total / len(sequences)
 
 

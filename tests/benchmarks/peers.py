@@ -31,7 +31,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 import gpu
 
 import common
-from lowmem.training import heads, models, weights
+from lowmem.training import evaluation, heads, models, weights
 from lowmem.training.batches import IGNORE
 from lowmem.training.memory import GIB
 
@@ -167,7 +167,7 @@ def worker(peer, shape, args, data, queue):
 
 def measure(peer, shape, args, data):
     train, (before, timed) = data.train, STEPS[shape]
-    order = data.training_order(42, 1)[: before + timed]
+    order = data.training_order(1)[: before + timed]
     batches = [hugging_face_batch([train[row] for row in rows]) for rows in order]
     if shape == "SmolLM2":
         model = weights.load(args.tokenizer, torch.bfloat16)
@@ -207,7 +207,7 @@ def measure(peer, shape, args, data):
     }
     if shape == "SmolLM2":
         lm = models.CausalLM(model, heads.Head(model), trained, torch.no_grad)
-        result |= common.evaluate(lm, data, torch.device("cuda")).values
+        result |= evaluation.evaluate(lm, data, torch.device("cuda")).values
     return result
 
 
@@ -223,7 +223,7 @@ def main():
     args = parser.parse_args()
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
     where = SimpleNamespace(dataset=args.dataset, train_rows=None, eval_rows=200, epochs=1, train_text="harness")
-    where.batch_size, where.max_steps, where.warmup_steps = 8, None, 0
+    where.batch_size, where.max_steps, where.warmup_steps, where.seed = 8, None, 0, 42
     data = common.load_hellaswag(where, tokenizer, 2048)
     processes = multiprocessing.get_context("fork")  # imports are done, CUDA is not started: a context of its own each
     out = Path(args.out)

@@ -21,9 +21,8 @@ import torch
 from gpu import machine, make_folder, random_model
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import common
 import finetune_lowmem
-from lowmem.training import checkpoint, weights
+from lowmem.training import checkpoint, evaluation, weights
 from lowmem.training.memory import GIB
 from lowmem.training.run import Run
 
@@ -38,7 +37,7 @@ class Watch:
         self.memory, self.speeds, self.saves, self.pause = [], [], [], 0.0
         self.after_step, Run.after_step = Run.after_step, lambda *args: self.step(*args)
         self.save_checkpoint, checkpoint.save = checkpoint.save, lambda *args: self.save(*args)
-        self.evaluate, common.evaluate = common.evaluate, lambda *args: self.paused(self.evaluate, *args)
+        self.evaluate, evaluation.evaluate = evaluation.evaluate, lambda *args: self.paused(self.evaluate, *args)
 
     def step(self, run, *args):
         self.after_step(run, *args)

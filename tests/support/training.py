@@ -71,9 +71,9 @@ def make_run(architecture, streamed, slots=2, trained="layers", layers=5, device
 
     @torch.no_grad()
     def score(batch):
-        log_probs = lm.log_probs(batch)
+        scores = lm.score_targets(batch)
         copies.settle()
-        return log_probs
+        return scores
 
     def weights():
         with stack.all_at_home():

@@ -1,0 +1,67 @@
+"""What to know of data before it is trained: a row as the model sees it, tokens that the model has never seen."""
+
+import torch
+
+from lowmem.training.batches import Sequence
+from lowmem.training.data import Data
+
+SMALL = 1 / 4  # of the median norm: the embedding of a token that was never trained
+SAME = 0.01  # of its norm: so near is the embedding of another one that was not trained either
+SAMPLE = 4096  # rows of an embedding matrix of which the median norm is taken
+
+
+def special_tokens(tokenizer) -> set[int]:
+    """The ids of the tokenizer's special and added tokens."""
+    return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+
+
+def used_tokens(data: Data) -> set[int]:
+    """The ids that the data have, as context or as targets."""
+    seen = torch.zeros(data.largest_id() + 1, dtype=torch.bool)
+    for s in (*data.train, *data.scored):
+        seen[torch.frombuffer(s.ids, dtype=torch.int32)] = True
+    return set(seen.nonzero().flatten().tolist())
+
+
+def unseen_tokens(data: Data, tokenizer, embeddings: torch.Tensor) -> list[str]:
+    """The special tokens in the data that the model has not been trained to tell apart from nothing, or from another.
+
+    Of such a token the row of `embeddings` [vocabulary, hidden size] is next to nothing, or that of another special
+    token in the data.
+    """
+    used = sorted(k for k in used_tokens(data) & special_tokens(tokenizer) if k < len(embeddings))
+    if not used:
+        return []
+    median = embeddings[:: max(1, len(embeddings) // SAMPLE)].float().norm(dim=1).median()
+    rows = embeddings[used].float()
+    norms = rows.norm(dim=1)
+    distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")  # small ones exactly
+    distances.fill_diagonal_(torch.inf)
+    unseen = (norms < SMALL * median) | (distances.amin(dim=1) < SAME * norms)
+    return [tokenizer.convert_ids_to_tokens(k) for k, is_unseen in zip(used, unseen.tolist(), strict=True) if is_unseen]
+
+
+def missing_stop_tokens(data: Data, tokenizer, stop_tokens: int | list[int] | None) -> list[str]:
+    """The special tokens that end what is trained, as a turn, and are not among the ids `stop_tokens`.
+
+    stop_tokens: `eos_token_id` of the model's generation_config. Generation would run on behind such a token.
+    """
+    known = {stop_tokens} if isinstance(stop_tokens, int) else set(stop_tokens or ())
+    ends = {s.ids[end - 1] for s in (*data.train, *data.scored) for _, end in s.spans}
+    missing = sorted((ends & special_tokens(tokenizer)) - known)
+    return tokenizer.convert_ids_to_tokens(missing)
+
+
+def marked(sequence: Sequence, tokenizer) -> str:
+    """The sequence as the model sees it, in one line, its targets between ⟦ and ⟧."""
+
+    def text(end):
+        return tokenizer.decode(sequence.ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    pieces, at = [], 0
+    for start, end in sequence.spans:
+        before, up_to = text(start), text(end)
+        pieces += [before[at:], "⟦", up_to[len(before) :], "⟧"]
+        at = len(up_to)
+    line = "".join(pieces) + text(len(sequence.ids))[at:]
+    return line.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")

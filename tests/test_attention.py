@@ -1,0 +1,267 @@
+"""Rows end to end in one line, with attention within each. python -m pytest tests/test_attention.py"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from support.tiny import ARCHITECTURES, TINY, make_model
+from support.training import as_lm, checkpointed
+
+import finetune_lowmem
+from lowmem import cuda_graphs
+from lowmem.adafactor import Adafactor
+from lowmem.training import attention, models
+from lowmem.training.attention import attend_within_rows
+from lowmem.training.batches import Sequence
+from lowmem.training.data import Data
+from lowmem.training.layouts import Lines, PaddedRows
+
+IN_LINES = [name for name in ARCHITECTURES if name != "gemma2"]
+LENGTHS = (41, 24, 31, 6, 3, 62, 34, 13)  # some longer than the windows of 16
+
+
+def rows(seed=0, lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(seed)
+    return [Sequence.ending(torch.randint(2, 400, (n,), generator=generator).tolist(), n // 3) for n in lengths]
+
+
+def data_for(lm, sequences=None, few_lengths=False):
+    """Data whose layout was chosen for the model."""
+    data = Data(sequences or rows(), [], max_tokens=128)
+    data.layout.few_lengths = few_lengths
+    cuda_graphs.leave_out_masks(lm.network, data.longest())
+    attention.choose_layout(lm, data)
+    return data
+
+
+def config_of(architecture, **settings):
+    """A tiny model of an architecture that no other test has."""
+    return transformers.AutoModelForCausalLM.from_config(architecture(**(TINY | settings)), dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("few_lengths", [False, True])
+@pytest.mark.parametrize("architecture", IN_LINES)
+def test_loss_and_gradients_are_those_of_padded_rows(architecture, few_lengths):
+    """fp32, so that only the order of sums differs; with a line that is filled up, too. Seen: 5e-7."""
+    found = []
+    for layout in (PaddedRows, Lines):
+        lm = as_lm(make_model(architecture))
+        data = data_for(lm, few_lengths=few_lengths) if layout is Lines else Data(rows(), [], max_tokens=128)
+        assert type(data.layout) is layout
+        lm.check(data)
+        checkpointed(lm.network)
+        batch = data.batch(data.train)
+        loss = finetune_lowmem.training_loss(lm, batch)
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in lm.trained.values()])))
+    (padded_loss, padded), (loss, gradient) = found
+    assert batch.ids.shape == (1, few_or_not(sum(LENGTHS) - 8, few_lengths))
+    assert loss == pytest.approx(padded_loss, rel=1e-5)
+    assert (gradient - padded).norm() < 1e-5 * padded.norm()
+
+
+def few_or_not(length, few_lengths):
+    return 256 if few_lengths else length
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "mixtral"])
+def test_updates_are_those_of_padded_rows(architecture):
+    """Ten steps of Adafactor in backward, in fp32."""
+    found = []
+    for layout in (PaddedRows, Lines):
+        lm = as_lm(make_model(architecture))
+        data = data_for(lm) if layout is Lines else Data(rows(), [], max_tokens=128)
+        checkpointed(lm.network)
+        before = [p.detach().clone() for p in lm.trained.values()]
+        finetune_lowmem.update_in_backward(Adafactor(lm.trained.values(), lr=1e-2), lm.trained)
+        for _ in range(10):
+            finetune_lowmem.training_loss(lm, data.batch(data.train)).backward()
+        found.append([p.detach() - old for p, old in zip(lm.trained.values(), before, strict=True)])
+    for padded, moved in zip(*found, strict=True):
+        assert (moved - padded).norm() < 1e-3 * padded.norm()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gpt2", "mixtral"])
+def test_a_row_s_scores_do_not_depend_on_its_neighbours(architecture):
+    """First, last, alone, beside others: to the rounding of products of other sizes; with neighbours of like lengths, to the bit."""
+    lm = as_lm(make_model(architecture))
+    data = data_for(lm)
+    row, others = data.train[0], data.train[1:]
+    with torch.no_grad():
+        alone = lm.score_targets(data.batch([row]))
+        first = lm.score_targets(data.batch([row, *others]))[: row.targets]
+        last = lm.score_targets(data.batch([*others, row]))[-row.targets :]
+        other = lm.score_targets(data.batch([row, *rows(seed=1)[1:]]))[: row.targets]
+    for scores in (first, last):
+        torch.testing.assert_close(scores, alone, atol=1e-4, rtol=1e-5)
+    if architecture != "mixtral":  # whose experts get other numbers of tokens
+        assert torch.equal(first, other)
+
+
+@pytest.mark.parametrize("window", [None, 4, 100])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+def test_attention_within_rows_is_softmax_by_its_definition(heads, window):
+    """In fp64."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, 30, 8, dtype=torch.float64) for n in (heads[0], heads[1], heads[1]))
+    starts = torch.tensor([0, 7, 7, 20, 29, 30, 30], dtype=torch.int32)  # rows of 7, 0, 13, 9, 1 and 0 tokens
+    found, _ = attend_within_rows(
+        None, q, k, v, None, 0.3, sliding_window=window, cu_seq_lens_q=starts, max_length_q=16
+    )
+    row_of = torch.bucketize(torch.arange(30), starts[1:], right=True)
+    distance = torch.arange(30)[:, None] - torch.arange(30)
+    seen = (row_of[:, None] == row_of) & (distance >= 0) & (distance < (window or 30))
+    k, v = (x.repeat_interleave(heads[0] // heads[1], 1) for x in (k, v))
+    weights = (0.3 * q @ k.mT).masked_fill(~seen, -torch.inf).softmax(-1)
+    torch.testing.assert_close(found, (weights @ v).transpose(1, 2))
+
+
+CONV_OR_STATE = {
+    "mamba": (transformers.MambaConfig, {"state_size": 8}, "attention is not PyTorch's"),
+    "lfm2": (transformers.Lfm2Config, {"layer_types": ["full_attention", "conv"]}, "not every layer is plain attention"),
+    "qwen3-next": (
+        transformers.Qwen3NextConfig,
+        {
+            "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"],
+        },
+        "not every layer is plain attention",
+    ),
+    "falcon-h1": (  # attention and a state-space model in each layer
+        transformers.FalconH1Config,
+        {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+        "a layer sees across rows",
+    ),
+    "gpt2 with dropout": (transformers.GPT2Config, {"n_positions": 128}, "dropout in attention"),
+    "gemma2": (transformers.Gemma2Config, {"head_dim": 8}, "soft-capping|not PyTorch's"),
+    "bloom": (transformers.BloomConfig, {}, "not PyTorch's"),
+    "gpt-oss": (
+        transformers.GptOssConfig, {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "not PyTorch's",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", CONV_OR_STATE)
+def test_models_that_see_across_rows_or_lack_more_than_windows_get_padded_rows(architecture, capsys):
+    """transformers packs some of them in silence (its PR 46333)."""
+    config, settings, why = CONV_OR_STATE[architecture]
+    lm = as_lm(config_of(config, **settings))
+    before = lm.network.config._attn_implementation
+    data = Data(rows(), [], max_tokens=128)
+    attention.choose_layout(lm, data)
+    assert type(data.layout) is PaddedRows
+    assert lm.network.config._attn_implementation == before
+    said = capsys.readouterr().out
+    assert "padded rows" in said
+    assert any(part in said for part in why.split("|"))
+    assert lm.score_targets(data.batch(data.train)).isfinite().all()
+
+
+def test_positions_that_do_not_start_at_0_are_kept():
+    """OPT's tables of positions start at 2 (transformers PR 47525)."""
+    network = config_of(transformers.OPTConfig, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0)
+    lm, data = as_lm(network), Data(rows(), [], max_tokens=128)
+    with torch.no_grad():
+        padded = lm.score_targets(data.batch(data.train))
+        attention.choose_layout(lm, data)
+        assert type(data.layout) is Lines
+        torch.testing.assert_close(lm.score_targets(data.batch(data.train)), padded, atol=1e-4, rtol=1e-5)
+
+
+class Shifted(transformers.GPT2LMHeadModel):
+    """A model with a table of positions that run on from row to row, whatever it is told."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, kwargs | {"position_ids": None}), with_kwargs=True
+        )
+
+
+class Windowed(transformers.LlamaForCausalLM):
+    """A model that does not tell its attention of the window that its mask has."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        config.sliding_window = 48
+
+
+@pytest.mark.parametrize(
+    ("network", "architecture", "why"),
+    [
+        (Shifted, "gpt2", "a row's place in a line changes it"),
+        (Windowed, "llama", "attention does not say its window of 48 tokens"),
+    ],
+)
+def test_positions_and_windows_that_do_not_arrive_are_found(network, architecture, why, capsys):
+    lm = as_lm(network(make_model(architecture).config).eval())
+    data = Data(rows(), [], max_tokens=128)
+    attention.choose_layout(lm, data)
+    assert type(data.layout) is PaddedRows
+    assert why in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("few_lengths", [False, True])
+def test_a_line_that_leaks_is_refused(few_lengths):
+    """Full attention over the whole line, as under an all-ones mask (transformers PR 46634): `check` sees it on the whole model."""
+    lm = as_lm(make_model("llama"))
+    data = data_for(lm, few_lengths=few_lengths)
+    lm.check(data)
+
+    def over_all(module, query, key, value, *args, scaling=None, **how):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2), None
+
+    transformers.AttentionInterface.register(attention.NAME, over_all)
+    try:
+        with pytest.raises(models.UserError, match="not causal, a token changes what comes before it or another row"):
+            lm.check(data)
+    finally:
+        transformers.AttentionInterface.register(attention.NAME, attend_within_rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", IN_LINES)
+def test_on_a_gpu_loss_and_gradients_are_those_of_fp32(architecture):
+    """bf16 by FlashAttention against the padded rows of the same weights in fp32: as near as bf16's padded rows are, twice."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    sizes |= {"head_dim": 16} if architecture in ("qwen3", "gemma3") else {}
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("padded", torch.bfloat16), ("lines", torch.bfloat16)):
+        network = make_model(architecture, **sizes).bfloat16().to(dtype).cuda()
+        lm = as_lm(network)
+        data = Data(rows(), [], max_tokens=128)
+        if name == "lines":
+            data = data_for(lm, few_lengths=True)
+            assert type(data.layout) is Lines
+            lm.check(data)
+        checkpointed(lm.network)
+        loss = finetune_lowmem.training_loss(lm, data.batch(data.train).to("cuda"))
+        loss.backward()
+        found[name] = loss.item(), torch.cat([p.grad.flatten().float() for p in lm.trained.values()])
+    (true_loss, truth), padded, lines = (found[name] for name in ("fp32", "padded", "lines"))
+    off = {name: (found[name][1] - truth).norm() / truth.norm() for name in ("padded", "lines")}
+    assert off["lines"] < 2 * off["padded"]
+    assert abs(lines[0] - true_loss) < max(2 * abs(padded[0] - true_loss), 0.01 * true_loss)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 16])
+def test_on_a_gpu_a_row_does_not_depend_on_its_neighbours(window):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, 300, 64, device="cuda", dtype=torch.bfloat16) for n in (4, 2, 2))
+    starts = torch.tensor([0, 100, 170, 170, 300], dtype=torch.int32, device="cuda")
+    how = {"sliding_window": window, "max_length_q": 256}
+    whole, _ = attend_within_rows(None, q, k, v, None, cu_seq_lens_q=starts, **how)
+    for start, end in ((0, 100), (100, 170), (170, 300)):
+        row = [x[:, :, start:end] for x in (q, k, v)]
+        one = torch.tensor([0, end - start], dtype=torch.int32, device="cuda")
+        alone, _ = attend_within_rows(None, *row, None, cu_seq_lens_q=one, **how)
+        assert torch.equal(alone, whole[:, start:end])
+        on_cpu, _ = attend_within_rows(None, *(x.cpu().double() for x in row), None, cu_seq_lens_q=one.cpu(), **how)
+        assert (alone.cpu() - on_cpu).norm() < 0.01 * on_cpu.norm()
