@@ -13,8 +13,6 @@ from lowmem.training.batches import Batch, Sequence, Shape, pad_batch
 from lowmem.training.layouts import PaddedRows
 from lowmem.training.parallel import ceil_div
 
-WINDOW_BATCHES = 64  # whose rows are put together by their lengths
-
 
 @dataclass
 class Scores:
@@ -88,13 +86,13 @@ class Data:
         return self.layout.batch(rows, self.layout.shape([[s.tokens for s in rows]], targets=0))
 
     def training_order(self, epoch: int) -> list[list[int]]:
-        """The epoch's batches as lists of indices: shuffled, then put together by lengths in windows of 64 batches."""
+        """The epoch's batches as lists of indices: shuffled, then put together by their lengths."""
         order = list(range(len(self.train)))
         rng = random.Random(f"{self.seed} {epoch}")
         rng.shuffle(order)
-        batches = []
-        for start in range(0, len(order), WINDOW_BATCHES * self.batch_size):
-            window = order[start : start + WINDOW_BATCHES * self.batch_size]
+        batches, rows = [], self.layout.window(len(order), self.batch_size)
+        for start in range(0, len(order), rows):
+            window = order[start : start + rows]
             dealt = self.layout.deal([self.train[at].tokens for at in window], self.batch_size)
             rng.shuffle(dealt)
             batches += [[window[k] for k in rows] for rows in dealt]

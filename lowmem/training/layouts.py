@@ -20,19 +20,30 @@ def step_of(length: int, parts: int, least: int) -> int:
     return max(least, 2 ** (length.bit_length() - 1) // parts)
 
 
-def packed(sizes: list[int], rooms: list[int]) -> list[list[int]]:
-    """Indices of `sizes` in groups of alike numbers, one for each room, that leave about equally much of each room.
+def balanced(sizes: list[int], count: int, most: int) -> list[list[int]]:
+    """Indices of `sizes` in `count` groups of at most `most`, whose sums are about alike.
 
-    The largest first, each to the group with most room left (Graham 1969).
+    The largest first, each to the group with the least so far (Graham 1969).
     """
-    most = ceil_div(len(sizes), len(rooms))
-    groups, heap = [[] for _ in rooms], [(-room, k) for k, room in enumerate(rooms)]
-    heapq.heapify(heap)
+    groups, heap = [[] for _ in range(count)], [(0, k) for k in range(count)]
     for at in sorted(range(len(sizes)), key=lambda at: -sizes[at]):
-        left, k = heapq.heappop(heap)
+        total, k = heapq.heappop(heap)
         groups[k].append(at)
         if len(groups[k]) < most:
-            heapq.heappush(heap, (left + sizes[at], k))
+            heapq.heappush(heap, (total + sizes[at], k))
+    return groups
+
+
+def shared_out(sizes: list[int], shares: list[tuple[int, int]]) -> list[list[int]]:
+    """Indices of `sizes` in a group for each of the shares (most indices, sum), which together have room for all.
+
+    The largest first, each to the group with most room left for each that it may still take.
+    """
+    groups, left = [[] for _ in shares], [list(share) for share in shares]
+    for at in sorted(range(len(sizes)), key=lambda at: -sizes[at]):
+        k = max((k for k, (most, _) in enumerate(left) if most), key=lambda k: left[k][1] / left[k][0])
+        groups[k].append(at)
+        left[k] = [left[k][0] - 1, left[k][1] - sizes[at]]
     return groups
 
 
@@ -73,6 +84,10 @@ class PaddedRows(Layout):
         """A batch of zeros with these sizes."""
         ids = torch.zeros(shape.rows, shape.length, dtype=torch.int64)
         return Batch.of(ids, _labels_of_zeros(ids, shape.targets), ids.numel())
+
+    def window(self, rows: int, batch_size: int) -> int:
+        """How many of an epoch's shuffled rows are dealt together: not all, or only length would deal them."""
+        return 64 * batch_size
 
     def deal(self, tokens: list[int], batch_size: int) -> list[list[int]]:
         """Indices of rows of so many tokens each, in batches: like lengths together."""
@@ -134,35 +149,47 @@ class Lines(Layout):
         row_starts = torch.tensor(starts, dtype=torch.int32)
         return Batch.of(ids, labels, ids.numel(), position_ids=position_ids, row_starts=row_starts, longest=longest)
 
+    def window(self, rows: int, batch_size: int) -> int:
+        """How many of an epoch's shuffled rows are dealt into batches together: all, so that batches meet the mean."""
+        return max(1, rows)
+
     def deal(self, tokens: list[int], batch_size: int) -> list[list[int]]:
         """Indices of rows of so many tokens each, in batches of about equally many tokens, or that fill up a length."""
-        count = ceil_div(len(tokens), batch_size)
-        return _dealt_alike(tokens, self._rooms(sum(tokens), count))
+        kinds = self._kinds(sum(tokens), ceil_div(len(tokens), batch_size))
+        batches = []
+        for (count, _), rows in zip(
+            kinds, shared_out(tokens, [(n * batch_size, room) for n, room in kinds]), strict=True
+        ):
+            batches += self._alike([tokens[at] for at in rows], rows, count, batch_size)
+        return batches
 
-    def _rooms(self, tokens, count):
-        """The tokens that each of `count` batches shall have: the two of few lengths between which their mean is."""
+    def _kinds(self, tokens, count):
+        """[(how many batches, the tokens that they have together)] of the kinds of batches: those between whose two
+        lengths the mean of all is, if lengths shall be few.
+        """
+        if not self.few_lengths:
+            return [(count, tokens)]
         ranks = parallel.world_size()
         mean = ceil_div(tokens, count * ranks) + SPARE_TOKENS
-        if not self.few_lengths:
-            return [mean * ranks] * count
         step = step_of(mean, 16, least=TILE_TOKENS)
-        longer = ceil_div(mean % step * count, step)
-        short = mean // step * step
-        return [(short + step) * ranks] * longer + [short * ranks] * (count - longer)
+        short, longer = mean // step * step, ceil_div(mean % step * count, step)
+        kinds = [(longer, longer * ranks * (short + step)), (count - longer, (count - longer) * ranks * short)]
+        return [kind for kind in kinds if kind[0]]
 
     def deal_all(self, tokens: list[int], most: int) -> list[list[int]]:
         """Indices of rows of so many tokens each, in batches of about `most` tokens, or as many as the longest row."""
-        return _dealt_alike(tokens, [0] * ceil_div(sum(tokens), max(most, *tokens))) if tokens else []
+        if not tokens:
+            return []
+        return self._alike(tokens, range(len(tokens)), ceil_div(sum(tokens), max(most, *tokens)), len(tokens))
 
-
-def _dealt_alike(tokens, rooms):
-    """`packed`, each group in such an order that the ranks get alike many tokens."""
-    batches = []
-    for group in packed(tokens, rooms):
-        parts = packed([tokens[at] for at in group], [0] * parallel.world_size())
-        parts.sort(key=len, reverse=True)  # `parallel.deal_to_ranks` takes turns
-        batches.append([group[part[k]] for k in range(len(parts[0])) for part in parts if k < len(part)])
-    return batches
+    def _alike(self, tokens, rows, count, most):
+        """The rows in `count` batches of about equally many tokens, each dealt to the ranks alike."""
+        ranks, batches = parallel.world_size(), []
+        for batch in balanced(tokens, count, most):
+            parts = balanced([tokens[k] for k in batch], ranks, ceil_div(len(batch), ranks))
+            parts.sort(key=len, reverse=True)  # `parallel.deal_to_ranks` takes turns
+            batches.append([rows[batch[part[k]]] for k in range(len(parts[0])) for part in parts if k < len(part)])
+        return batches
 
 
 def _write(sequence, ids, labels):
