@@ -175,7 +175,8 @@ class Stopwatch:
         step = run.progress["step"]
         if step in (self.first, self.last):
             torch.cuda.synchronize()
-            self.stamps.append((time.perf_counter(), run.progress["rows"], run.progress["tokens"]))
+            counts = (run.progress[name] for name in ("rows", "tokens", "target_tokens"))
+            self.stamps.append((time.perf_counter(), *counts))
         if step == self.last and self.profiled:
             self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
             self.profiler.__enter__()
@@ -188,11 +189,12 @@ class Stopwatch:
                 self.kernels[event.key] = (event.device_time_total / 1000 / self.profiled, event.count / self.profiled)
 
     def result(self):
-        (start, rows, tokens), (end, rows_after, tokens_after) = self.stamps
+        (start, rows, tokens, targets), (end, rows_after, tokens_after, targets_after) = self.stamps
         steps, seconds = self.last - self.first, end - start
         found = {
             "rows_per_second": (rows_after - rows) / seconds,
             "tokens_per_second": (tokens_after - tokens) / seconds,
+            "target_tokens_per_second": (targets_after - targets) / seconds,
             "ms_per_step": 1000 * seconds / steps,
             "losses": [round(loss.item(), 4) for loss in self.losses],
         }
@@ -351,7 +353,7 @@ def update_bandwidth():
 
 def loss_differences(cases):
     """Lines that compare the losses of single steps of two cases, which see the same batches."""
-    losses = {case["case"]: case["losses"] for case in cases if "failed" not in case}
+    losses = {case["case"]: case["losses"] for case in cases if "losses" in case}
     for name, yardstick in YARDSTICKS.items():
         if name in losses and yardstick in losses:
             differences = [a - b for a, b in zip(losses[name], losses[yardstick], strict=False)]
