@@ -1,5 +1,5 @@
-"""HellaSwag for both scripts: rows, prompts and sequences, and the evaluation, as lm-evaluation-harness 0.4 scores it
-(task version 1.0).
+"""HellaSwag for both scripts: rows, prompts and sequences, and scores, as lm-evaluation-harness 0.4 has them (task
+version 1.0). And which data a run has: these or, by lowmem/data, a user's own; what is said of them at the start.
 """
 
 import re
@@ -175,7 +175,7 @@ def is_hellaswag(args) -> bool:
     names, order = files.splits(args.dataset), ("train", *files.HELD_OUT) if args.epochs else (*files.HELD_OUT, "train")
     split = next((name for name in order if name in names), "train")
     _, row = next(files.rows(args.dataset, split), (None, {}))
-    return not row.keys().isdisjoint({"activity_label", "ctx_a", "ctx_b", "endings"})
+    return not row.keys().isdisjoint({"activity_label", "ctx_a", "ctx_b"})
 
 
 def require_steps(args, data: Data) -> None:
@@ -229,7 +229,7 @@ def _cut(sequences, max_tokens, split):
     cut = [s.slice(max(0, s.tokens - max_tokens), len(s.ids)) for s in sequences]
     if longer := sum(s.tokens > max_tokens for s in sequences):
         what = f"{longer} of {len(cut)} sequences to {split} on"
-        print(f"{what} are longer than the model's {max_tokens} tokens: cut on the left")
+        print(f"{what} are longer than {max_tokens} tokens: cut on the left")
     return cut
 
 

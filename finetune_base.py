@@ -1,4 +1,4 @@
-"""The baseline: fine-tune a causal LM on HellaSwag with FP32 weights and an ordinary loop.
+"""The baseline: fine-tune a causal LM, on HellaSwag or own rows, with FP32 weights and an ordinary loop.
 
     python finetune_base.py --run-name X                  # Llama-3.2-1B, FP32 Adam: about 25 GiB of GPU memory
     python finetune_base.py --run-name demo-base --demo   # SmolLM2-135M on a CPU, no account needed
@@ -52,12 +52,13 @@ def main(argv=None):
     device = command.set_up(args, method=f"{args.optimizer}, fp32 weights")
 
     # Data
-    tokenizer, max_tokens = tokenizing.load(args.model)
+    tokenizer, max_tokens = tokenizing.load(args.model, weights=not args.dry_run)
     data = common.load(args, tokenizer, max_tokens)
 
     # Model: weights in fp32, each layer's activations made again in backward
     models.require_room(args.model, torch.float32)
     lm = models.load(args.model, torch.float32, args.trained, precision, stand_in=args.dry_run)
+    models.check_ids(lm, data)
     optimizer_of = partial(make_optimizer, args.optimizer, lr=args.lr, fused=device.type == "cuda")
     if args.dry_run:
         common.say_examples(data, tokenizer)

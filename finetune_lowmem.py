@@ -1,6 +1,7 @@
-"""Fine-tune all the weights of a causal LM on HellaSwag in little more memory than its bf16 weights.
+"""Fine-tune all the weights of a causal LM, on HellaSwag or own rows, in little more memory than its bf16 weights.
 
     python finetune_lowmem.py --run-name X               # Llama-3.2-1B on one GPU
+    python finetune_lowmem.py --run-name X --dataset chats.jsonl  # on conversations of your own
     python finetune_lowmem.py --run-name demo --demo     # SmolLM2-135M on a CPU, no account needed
     torchrun --nproc-per-node 2 finetune_lowmem.py --run-name X2  # on two GPUs, each with half of the weights
 
@@ -80,7 +81,7 @@ def main(argv=None):
     loss_of = partial(training_loss, cross_entropy=cross_entropy)
 
     # Data
-    tokenizer, max_tokens = tokenizing.load(args.model)
+    tokenizer, max_tokens = tokenizing.load(args.model, weights=not args.dry_run)
     data = common.load(args, tokenizer, max_tokens)
     graphs, compiled = cuda_graphs.choose_kernels(args, data, device)
 
@@ -88,6 +89,7 @@ def main(argv=None):
     budget = placement.budget_bytes(args.memory_budget, device)
     placement.require_room(args.model, budget)
     lm = models.load(args.model, torch.bfloat16, args.trained, precision, stand_in=args.dry_run)
+    models.check_ids(lm, data)
     lm.head_stays = args.cross_entropy == "cut"
     cuda_graphs.leave_out_masks(lm.network, data.longest())
     measure = partial(placement.measure_one_step, training_loss=loss_of, update_in_backward=update_in_backward)

@@ -38,7 +38,7 @@ def prepare_process(device: torch.device) -> None:
 
 
 def leave_out_masks(network: torch.nn.Module, longest: int) -> None:
-    """Let attention know by itself that it is causal: with the padding on the right no mask is needed.
+    """Let attention know by itself that it is causal: rows that are padded on the right need no mask.
 
     transformers makes a mask in each forward pass, and for it looks at the positions on the host: the GPU would wait. A
     model with a window of fewer than `longest` tokens gets them all, in one layout: transformers would leave out some

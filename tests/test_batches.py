@@ -252,7 +252,9 @@ def test_shares_are_met(rows):
         assert sum(sizes[at] for at in group) == pytest.approx(room, rel=1e-3)
 
 
-@pytest.mark.parametrize(("rows", "lengths"), [((30, 150), {640, 768}), ((25, 145), {640, 768}), ((22, 138), {512, 640})])
+@pytest.mark.parametrize(
+    ("rows", "lengths"), [((30, 150), {640, 768}), ((25, 145), {640, 768}), ((22, 138), {512, 640})]
+)
 def test_lines_are_filled_to_one_of_two_lengths(rows, lengths):
     """Those of few lengths that GPUs take without a part of a tile."""
     rng = random.Random(0)

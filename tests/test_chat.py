@@ -277,7 +277,9 @@ def test_a_token_across_the_beginning_of_an_answer_is_refused():
     for kind in (chat_tokenizer, trimming_tokenizer):
         tokenizer = kind(CHATML)
         tokenizer.add_tokens([AddedToken("\n\n", special=False, normalized=False)])
-        with pytest.raises(UserError, match=r"line 7: .* one token .*sistant.*take the white space at the beginning"):
+        with pytest.raises(
+            UserError, match=r"line 7: .* one token .*sistant.*take the white space out at the beginning"
+        ):
             sequences(tokenizer, say("a", "\nb"))
         assert targets(tokenizer, say("a", "b\n\nc")) == [["b\n\nc<|im_end|>"]]
 

@@ -225,8 +225,8 @@ def test_a_long_row_is_cut_on_the_left_and_said(words, capsys):
     _, scored = common.evaluation_rows(rows, TOKENIZER, 50)
     assert max(len(s.ids) for s in scored) == 51
     said = capsys.readouterr().out
-    assert "1 of 6 sequences to train on are longer than the model's 50 tokens: cut on the left" in said
-    assert "4 of 24 sequences to evaluate on are longer than the model's 50 tokens: cut on the left" in said
+    assert "1 of 6 sequences to train on are longer than 50 tokens: cut on the left" in said
+    assert "4 of 24 sequences to evaluate on are longer than 50 tokens: cut on the left" in said
 
 
 def test_a_warm_up_longer_than_the_run_is_refused(dataset_folder):

@@ -110,7 +110,7 @@ def test_a_model_that_sees_later_tokens_is_refused_by_name():
 def test_a_tokenizer_of_another_model_is_refused():
     data = Data([Sequence.ending([5, 400, 7], 1)], [], max_tokens=128)
     with pytest.raises(UserError, match="ids up to 400 where LlamaForCausalLM knows 400"):
-        models.check_causal(as_lm(make_model()), data, make_batch())
+        models.check_ids(as_lm(make_model()), data)
 
 
 def test_layers_that_text_does_not_reach_are_refused():

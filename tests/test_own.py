@@ -79,10 +79,6 @@ COLUMNS = {
     "a text that ends in EOS": ({"text": "Once<eos>"}, "<bos>⟦Once<eos>⟧"),
     "the first of the table": (chat("a", "b") | {"text": "no", "prompt": "no", "completion": "no"}, HEAD("a") + "⟦b<|im_end|>⟧\\n"),
     "other columns": ({"text": "Once", "prompt": "no", "instruction": 5, "label": 1}, "<bos>⟦Once<eos>⟧"),
-    "null for the content of a call": (
-        {"messages": [*chat("a", "b")["messages"][:1], {"role": "assistant", "content": None, "tool_calls": CALL, "name": None}]},
-        HEAD("a") + "⟦<|im_end|>⟧\\n",
-    ),
 }  # fmt: skip
 
 
@@ -162,7 +158,7 @@ def test_rows_are_cut_at_their_ends_and_those_without_a_target_left_out(tmp_path
     counts = {"train_rows": 2, "eval_rows": 1, "train_read": 3, "train_cut": 2, "train_without_target": 1}
     assert counts.items() <= data.counts.items()
     assert len(load(folder, max_tokens=4).train) == 2
-    with pytest.raises(UserError, match=r"no row can be used: 0 have .* 3 no answer within 1 tokens.* larger --max_"):
+    with pytest.raises(UserError, match=r"no row can be used: 3 no answer within 1 tokens.* larger --max_"):
         load(folder, max_length=1)
     with pytest.raises(UserError, match="--max_length 201 is more than the 200 tokens that the model takes"):
         load(folder, max_length=201)
@@ -184,7 +180,7 @@ def test_rows_without_an_assistant_turn_are_left_out_and_counted(tmp_path, capsy
     assert "2 of the 3 rows of" in (said := capsys.readouterr().out)
     assert "have no assistant turn: left out" in said
     assert data.counts["train_without_assistant_turn"] == 2
-    with pytest.raises(UserError, match="no row can be used: 1 have no assistant turn, 0 no answer"):
+    with pytest.raises(UserError, match="no row can be used: 1 have no assistant turn: take other rows"):
         load(split_folder(tmp_path, rows[:1]))
 
 
@@ -245,7 +241,7 @@ def test_what_the_start_says_of_the_data(tmp_path):
     assert data.describe() == (
         "prompts and completions (columns prompt, completion): 2 to train on, 1 held out (split validation)"
     )
-    assert data.describe_tokens() == "7 a row, 9 at most; 42.9 % are targets"
+    assert data.describe_tokens() == "6 a sequence, 8 at most; 50.0 % are targets"
     rows = [{"messages": chat("a", "b")["messages"] + chat("c", f"d{k}")["messages"]} for k in range(4)]
     write_jsonl(tmp_path / "all.jsonl", rows)
     said = load(tmp_path / "all.jsonl", chat_tokenizer(QWEN)).describe()
@@ -331,7 +327,11 @@ REFUSED = {
     "NUL": ({"text": "a\0b"}, "contains a NUL character"),
     "half of a surrogate pair": (chat("a\ud800", "b"), "contains a NUL character or half of a surrogate pair"),
     "two BOS": ({"text": "<bos>a"}, "begins with two <bos>"),
-    "white space that joins the prompt": (chat("a", "\nb"), "take the white space at the beginning of the answer out"),
+    "a call under a template without tools": (
+        {"messages": [*chat("a", "b")["messages"][:1], {"role": "assistant", "content": None, "tool_calls": CALL}]},
+        "the chat template leaves out the tool call of message 1",
+    ),
+    "white space that joins the prompt": (chat("a", "\nb"), "take the white space out at the beginning of the answer"),
 }  # fmt: skip
 
 

@@ -28,6 +28,7 @@ def load(name):
     data = common.HellaSwag(common.training_sequences(rows, tokenizer, "harness", max_tokens), [], max_tokens)
     models.require_room(str(name), torch.float32)
     lm = models.load(str(name), torch.float32, "layers", nullcontext)
+    models.check_ids(lm, data)
     lm.check(data)
     return lm
 
@@ -154,7 +155,7 @@ def test_a_repository_that_cannot_be_had_is_explained(monkeypatch):
     with pytest.raises(UserError, match=advice):  # HF_HUB_OFFLINE is set
         load(name)
     for path in ("/no/where", "./nowhere", "no/such/folder"):  # no hub id
-        with pytest.raises(UserError, match=f"model {path} cannot be loaded: there is no such folder"):
+        with pytest.raises(UserError, match=f"model {path} cannot be loaded: there is no such file or folder"):
             load(path)
     response = MagicMock(status_code=403)  # of the HTTP library that the hub's client happens to have
     for kind in (GatedRepoError, RepositoryNotFoundError):

@@ -10,7 +10,7 @@ from lowmem.data.tokens import Encoder, check
 from lowmem.training.batches import Sequence
 from lowmem.training.errors import UserError
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the tag of templates that say themselves what is trained
+GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # the tag of templates that say themselves what is trained
 
 
 @dataclass(slots=True)
@@ -30,8 +30,9 @@ class Conversation:
         self.messages = self.messages[: turns[-1] + 1] if turns else []
 
     def turns(self) -> list[int]:
-        """Indices of the assistant turns that are trained."""
-        return [k for k, m in enumerate(self.messages) if m["role"] == "assistant" and k >= self.first]
+        """Indices of the assistant turns that are trained: not of one that begins, since it answers nothing."""
+        first = max(1, self.first)
+        return [k for k, m in enumerate(self.messages) if m["role"] == "assistant" and k >= first]
 
     @property
     def size(self) -> int:
@@ -101,7 +102,7 @@ class Chats:
             raise UserError(f"{where}: chat_template_kwargs must not have {', '.join(taken)}: take that out")
         return self.fixed | conversation.variables
 
-    def _explained(self, where, call, *args, **settings):
+    def _explained(self, where, call, /, *args, **settings):
         """What the call returns. Raises a UserError of whatever a template does about a conversation."""
         try:
             return call(*args, **settings)
@@ -117,6 +118,7 @@ class Chats:
             return [self._tagged(where, conversation)]
         count = len(conversation.messages)
         whole = self.render(where, conversation, count)
+        self._require_calls(where, conversation, whole)
         if self.everything:
             return [Rendered(where, whole, [(0, len(whole))], whole_turns=True)]
         turns = []
@@ -127,6 +129,17 @@ class Chats:
                 return list(self._by_turn(where, conversation))
             turns.append((len(prompt), len(until)))
         return [Rendered(where, whole, turns)]
+
+    def _require_calls(self, where, conversation, text):
+        """Refuse a conversation whose tool calls are not in its text: of a template that knows no tools."""
+        for k, message in enumerate(conversation.messages):
+            for call in message.get("tool_calls") or ():
+                name = (call.get("function") or call).get("name") if isinstance(call, dict) else None
+                if not isinstance(name, str) or name not in text:
+                    raise UserError(
+                        f"{where}: the chat template leaves out the tool call of message {k}: take a model whose "
+                        "template has tools, or take the row out"
+                    )
 
     def _by_turn(self, where, conversation) -> Iterator[Rendered]:
         """For each turn the conversation up to it. Raises UserError."""
@@ -193,7 +206,8 @@ class Chats:
             joined = part.text[max(0, start - 8) : start + 8]
             raise UserError(
                 f"{part.where}: the tokenizer makes one token of the end of the prompt and the beginning of an answer "
-                f"({joined!r}): take the white space at the beginning of the answer out"
+                f"({joined!r}): take the white space out at the beginning of the answer, or at the end of the "
+                "template's prompt"
             )
         said = len(part.text[:end].rstrip())
         if said > start and text.ids[last := text.last(said)] in self.encoder.added:

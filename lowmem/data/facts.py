@@ -1,5 +1,7 @@
 """What to know of data before it is trained: a row as the model sees it, tokens that the model has never seen."""
 
+import re
+
 import torch
 
 from lowmem.training.batches import Sequence
@@ -7,6 +9,7 @@ from lowmem.training.data import Data
 
 SMALL = 1 / 4  # of the median norm: the embedding of a token that was never trained
 SAME = 0.01  # of its norm: so near is the embedding of another one that was not trained either
+UNPRINTED = re.compile(r"[\\\x00-\x1f\x7f-\xa0\u2028-\u202e\u2066-\u2069]")  # what a terminal would act upon
 SAMPLE = 4096  # rows of an embedding matrix of which the median norm is taken
 
 
@@ -16,10 +19,10 @@ def special_tokens(tokenizer) -> set[int]:
 
 
 def used_tokens(data: Data) -> set[int]:
-    """The ids that the data have, as context or as targets."""
+    """The ids that the model reads: all but each sequence's last."""
     seen = torch.zeros(data.largest_id() + 1, dtype=torch.bool)
     for s in (*data.train, *data.scored):
-        seen[torch.frombuffer(s.ids, dtype=torch.int32)] = True
+        seen[torch.frombuffer(s.ids, dtype=torch.int32)[:-1]] = True
     return set(seen.nonzero().flatten().tolist())
 
 
@@ -64,4 +67,4 @@ def marked(sequence: Sequence, tokenizer) -> str:
         pieces += [before[at:], "⟦", up_to[len(before) :], "⟧"]
         at = len(up_to)
     line = "".join(pieces) + text(len(sequence.ids))[at:]
-    return line.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+    return UNPRINTED.sub(lambda found: found[0].encode("unicode_escape").decode(), line)

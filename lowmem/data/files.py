@@ -135,12 +135,15 @@ def _parsed(text, where):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}, is not JSON ({str(error)[:100]}): get it again") from error
+        said = (
+            str(error) if "\n" in text.strip() else getattr(error, "msg", str(error))
+        )  # `where` says which line it is
+        raise UserError(f"{where}, is not JSON ({said[:100]}): mend it, or get it again") from error
 
 
 def _checked(row, where):
     if not isinstance(row, dict):
-        raise UserError(f"{where}, is not a row, which is a JSON object: get it again")
+        raise UserError(f"{where}, is not a row, which is a JSON object: mend it, or get it again")
     return row
 
 
@@ -172,6 +175,8 @@ def _csv_rows(file):
             where, number = f"{file}, line {number}", reader.line_num + 1
             if header is None:
                 header = fields
+                if twice := sorted({name for name in header if header.count(name) > 1}):
+                    raise UserError(f"{where}, names the column {twice[0]!r} twice: take one of them out")
             elif fields and len(fields) != len(header):
                 raise UserError(
                     f"{where}, has {len(fields)} fields, and the first line {len(header)}: write a field with a comma, "
@@ -180,7 +185,7 @@ def _csv_rows(file):
             elif fields:
                 yield where, dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        raise UserError(f"{file}, line {number}, is not CSV ({error}): get it again") from error
+        raise UserError(f"{file}, line {number}, is not CSV ({error}): mend it, or get it again") from error
 
 
 def _parquet_rows(file):

@@ -171,18 +171,21 @@ class Reader:
         """Print what was cut and left out. Raises UserError if nothing is left."""
         of = f"of the {counts['read']:,} rows of {name}"
         turns, targets = counts["without_assistant_turn"], counts["without_target"]
-        within = f"within {self.limit:,} tokens ({self.flag})"
+        within = f" within {self.limit:,} tokens ({self.flag})" if counts["cut"] else ""
         if not kept:
+            why = [f"{turns:,} have no assistant turn"] * (turns > 0) + [f"{targets:,} no answer{within}"] * (
+                targets > 0
+            )
             raise UserError(
-                f"{name}: no row can be used: {turns:,} have no assistant turn, {targets:,} no answer {within}: "
-                + ("take a larger --max_length" if targets and self.args.max_length else "take other rows")
+                f"{name}: no row can be used: {', '.join(why)}: "
+                + ("take a larger --max_length" if counts["cut"] and self.args.max_length else "take other rows")
             )
         if counts["cut"]:
             print(f"{counts['cut']:,} {of} are longer than {self.limit:,} tokens ({self.flag}): cut at their ends")
         if turns:
             print(f"{turns:,} {of} have no assistant turn: left out")
         if targets:
-            print(f"{targets:,} {of} have no answer {within}: left out")
+            print(f"{targets:,} {of} have no answer{within}: left out")
 
 
 def _batches(contents: Iterable[tuple]) -> Iterator[list[tuple]]:

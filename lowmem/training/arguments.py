@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from lowmem.training import checkpoint, demo, parallel, source
@@ -133,7 +134,7 @@ def parse(made: Parser, argv: list[str] | None = None) -> argparse.Namespace:
         args.resume = False
     if args.resume and not os.path.isdir(run_dir):
         raise UserError(f"--resume: {run_dir} is no folder: take another --run-name")
-    if not args.resume and os.path.lexists(run_dir):  # a link to nowhere counts
+    if not (args.resume or args.dry_run) and os.path.lexists(run_dir):  # a link to nowhere counts
         raise UserError(f"{run_dir} exists: take another --run-name, or, if it is a run, go on with it with --resume")
     try:
         existing = checkpoint.existing(run_dir)
@@ -159,10 +160,14 @@ def parse(made: Parser, argv: list[str] | None = None) -> argparse.Namespace:
 def day_of_run(run_dir: Path | None) -> str | None:
     """The day on which the run began, which chat templates may name, as ISO text; None of a run that kept none.
 
-    run_dir: folder of a run that goes on. Without one, or if it is damaged, which is refused later, it is today.
+    run_dir: folder of a run that goes on: its checkpoint says it, or its config.json. Without them it is today.
     """
-    today = datetime.date.today().isoformat()
-    try:
-        return source.read_json(run_dir / "config.json").get("date") if run_dir else today
-    except (OSError, ValueError, AttributeError):
-        return today
+    if run_dir is None:
+        return datetime.date.today().isoformat()
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        if found := checkpoint.last(run_dir):
+            return source.read_json(found / "state.json")["args"].get("date")
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        if date := source.read_json(run_dir / "config.json").get("date"):
+            return datetime.date.fromisoformat(date).isoformat()
+    return datetime.date.today().isoformat()

@@ -131,9 +131,9 @@ class Data:
     def describe_tokens(self) -> str:
         """How long its training sequences are, for the reader."""
         of = self.train or self.scored
-        tokens, targets = sum(len(s.ids) for s in of), sum(s.targets for s in of)
-        most, share = max(len(s.ids) for s in of), 100 * targets / tokens
-        return f"{tokens / len(of):,.0f} a row, {most:,} at most; {share:.1f} % are targets"
+        tokens, most = sum(s.tokens for s in of), max(s.tokens for s in of)
+        share = 100 * sum(s.targets for s in of) / tokens
+        return f"{tokens / len(of):,.0f} a sequence, {most:,} at most; {share:.1f} % are targets"
 
     def longest(self) -> int:
         """Tokens that the model reads of the longest sequence."""

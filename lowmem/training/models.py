@@ -246,18 +246,22 @@ def mode(network: torch.nn.Module, training: bool) -> Iterator[None]:
         network.train(before)
 
 
-def check_causal(lm: CausalLM, data: Data, batch: Batch) -> None:
-    """Refuse a model that does not take the data's ids, whose decoder layers do not all run on them, or in which a
-    position sees later ones and so its answer, or another row. Raises UserError.
-
-    Training and evaluation pad on the right without a mask, which causality alone makes right.
-    """
-    network = lm.network
-    largest, size = data.largest_id(), network.get_input_embeddings().num_embeddings
+def check_ids(lm: CausalLM, data: Data) -> None:
+    """Refuse data with ids that the model has no embedding for, before any are looked up. Raises UserError."""
+    largest, size = data.largest_id(), lm.network.get_input_embeddings().num_embeddings
     if largest >= size:
         raise UserError(
             f"the tokenizer gives ids up to {largest} where {lm.name} knows {size}: they do not belong together"
         )
+
+
+def check_causal(lm: CausalLM, data: Data, batch: Batch) -> None:
+    """Refuse a model whose decoder layers do not all run on text, or in which a position sees later ones, and so its
+    answer, or another row. Raises UserError.
+
+    Padded rows have no mask: causality alone makes that right.
+    """
+    network = lm.network
     changed, same = change_first_row(batch, network)
     idle = set(lm.layers)
     handles = [layer.register_forward_pre_hook(lambda layer, *_: idle.discard(layer)) for layer in idle]

@@ -46,9 +46,11 @@ def explain_loading(what: str, name: str) -> Iterator[None]:
         elif Path(name).exists():
             advice = "its files are damaged or of another kind: get it again (of --demo: delete the folder)"
         elif name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no hub id
-            advice = "there is no such folder"
+            advice = "there is no such file or folder"
         else:
-            advice = "no such folder here; check the name, the network, its licence on the hub and `hf auth login`"
+            advice = (
+                "no such file or folder here; check the name, the network, its licence on the hub and `hf auth login`"
+            )
             advice += ", or try --demo, which needs no account"
         raise UserError(f"{what} {name} cannot be loaded: {advice} ({text})") from error
 
@@ -71,8 +73,11 @@ def _missing_package(chain, name):
     return None
 
 
-def check_folder(name: str) -> None:
-    """Refuse a local model folder without config, safetensors weights or tokenizer, before anything large is read."""
+def check_folder(name: str, weights: bool = True) -> None:
+    """Refuse a local model folder without config, safetensors weights or tokenizer, before anything large is read.
+
+    weights: whether they are needed.
+    """
     folder = Path(name)
     if not name or folder.is_file():
         raise UserError(f"--model {name!r} is no folder: give the folder that holds the model's files")
@@ -80,15 +85,15 @@ def check_folder(name: str) -> None:
         return
     if (folder / "metrics.jsonl").exists() and (folder / "model").is_dir():
         raise UserError(f"{folder} is the folder of a run: give its model, --model {folder / 'model'}")
-    weights = [file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_")]
-    if (folder / "adapter_config.json").exists() and not weights:
+    files_of_weights = [file for file in folder.glob("*.safetensors") if not file.name.startswith("adapter_")]
+    if (folder / "adapter_config.json").exists() and not files_of_weights:
         raise UserError(
             f"the model folder {folder} holds LoRA weights alone: merge them into the model they belong to (PEFT's "
             "merge_and_unload), save that with its tokenizer, and give that folder"
         )
     for files, what in (
         ([folder / "config.json"], "config.json"),
-        (weights, "weights (*.safetensors)"),
+        *([(files_of_weights, "weights (*.safetensors)")] if weights else []),
         ([*folder.glob("tokenizer*"), *folder.glob("vocab.*"), folder / "spiece.model"], "tokenizer"),
     ):
         if not any(file.exists() for file in files):

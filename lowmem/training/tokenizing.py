@@ -16,11 +16,14 @@ PROBE = "A man's 2 cats (x**2) sat.\nTHEY'RE 45% of it; naïve café, 東京 123
 PROBE_START = 4  # tokens at its beginning that a space before the text, `add_prefix_space`, may change
 
 
-def load(name: str) -> tuple[PreTrainedTokenizerBase, int]:
-    """(tokenizer, most tokens the model takes) of `name`, hub id or folder. Raises UserError."""
+def load(name: str, weights: bool = True) -> tuple[PreTrainedTokenizerBase, int]:
+    """(tokenizer, most tokens the model takes) of `name`, hub id or folder. Raises UserError.
+
+    weights: whether a folder must have them too.
+    """
     from transformers import AutoTokenizer
 
-    source.check_folder(name)
+    source.check_folder(name, weights)
     with source.explain_loading("model", name):
         source.say_adapters(name)
         config, _ = source.read_config(name)
