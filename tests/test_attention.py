@@ -1,5 +1,7 @@
 """Rows end to end in one line, with attention within each. python -m pytest tests/test_attention.py"""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +116,33 @@ def test_attention_within_rows_is_softmax_by_its_definition(heads, window):
     k, v = (x.repeat_interleave(heads[0] // heads[1], 1) for x in (k, v))
     weights = (0.3 * q @ k.mT).masked_fill(~seen, -torch.inf).softmax(-1)
     torch.testing.assert_close(found, (weights @ v).transpose(1, 2))
+
+
+@pytest.mark.parametrize("gqa", [True, False])
+def test_varlen_attn_gets_what_its_signature_takes(gqa, monkeypatch):
+    """That of the torch that is installed, from 2.12 on with `enable_gqa`, and that of 2.11 without."""
+    from torch.nn.attention import varlen
+
+    own = inspect.signature(varlen.varlen_attn)
+    names = [p for p in own.parameters.values() if p.name != "enable_gqa"]
+    if gqa:
+        names.append(inspect.Parameter("enable_gqa", inspect.Parameter.KEYWORD_ONLY, default=False))
+    given = {}
+
+    def stand_in(*args, **kwargs):
+        given.update(signature.bind(*args, **kwargs).arguments)
+        return args[0]
+
+    signature = stand_in.__signature__ = own.replace(parameters=names)
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+    q, k = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8)
+    starts = torch.tensor([0, 4, 9], dtype=torch.int32)
+    out = attention._attend_on_gpu(q, k, k, 0.5, 3, starts, 5)
+    assert torch.equal(out, q.transpose(1, 2))
+    assert given["key"].shape == (9, 2, 8)
+    assert (given["max_q"], given["max_k"], given["scale"], given["window_size"]) == (5, 5, 0.5, (2, 0))
+    assert given["cu_seq_q"] is given["cu_seq_k"] is starts
+    assert given.get("enable_gqa") is (True if gqa else None)
 
 
 CONV_OR_STATE = {

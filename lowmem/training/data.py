@@ -124,6 +124,10 @@ class Data:
         """
         raise NotImplementedError
 
+    def in_words(self, values: dict[str, float]) -> str:
+        """The scores `values`, for the reader."""
+        return ", ".join(f"{what} {values[k]:{form}} {unit}".strip() for k, (what, unit, form) in self.SCORES.items())
+
     def describe(self) -> str:
         """How much it is, for the reader."""
         return f"{len(self.train):,} sequences to train on, {len(self.scored):,} held out"

@@ -29,10 +29,17 @@ def evaluate(
             own = parallel.deal_to_ranks(chosen)[parallel.rank()]
             done.append((own, score_targets(batch.to(device))))
             bar.update(len(chosen))
+        found = data.score(*_sums(data, done))
+        bar.set_postfix_str(data.in_words(found.values))
+    return found
+
+
+def _sums(data, done):
+    """(fp64 [n] log-probability, int64 [n] targets predicted right) of each scored sequence, of all ranks'."""
     sums = torch.zeros(len(data.scored), 2, dtype=torch.float64)
     for own, scores in done:  # only now, so that the device never waits for the host
         counts = [data.scored[at].targets for at in own]
         for at, of_sequence in zip(own, scores.cpu()[: sum(counts)].split(counts), strict=True):
             sums[at] = of_sequence.sum(0)
     sums = parallel.sum_over_ranks(sums)
-    return data.score(sums[:, 0], sums[:, 1].long())
+    return sums[:, 0], sums[:, 1].long()

@@ -296,10 +296,7 @@ class Run:
                 why = "the run has diverged; start again with a smaller --lr and another --run-name"
             raise Diverged(f"evaluation after {step} steps gives scores that are not finite: {why}")
         self.records.write(f"eval_epoch{epoch}.jsonl", "".join(json.dumps(row) + "\n" for row in found.rows))
-        words = [
-            f"{what} {found.values[k]:{form}} {unit}".strip() for k, (what, unit, form) in self.data.SCORES.items()
-        ]
-        print(f"epoch {epoch}: {', '.join(words)}")
+        print(f"epoch {epoch}: {self.data.in_words(found.values)}")
         self.progress["eval"].append({"epoch": epoch, "step": step, "rows": len(found.rows), **found.values})
         self.records.log(step, epoch, found.values)
 
