@@ -189,7 +189,7 @@ def load_hellaswag(args, tokenizer, max_tokens: int) -> HellaSwag:
     """The sequences that --dataset gives; none to train on when --epochs is 0. Raises UserError."""
     train = training_sequences(load_rows(args, "train"), tokenizer, args.train_text, max_tokens) if args.epochs else []
     rows, scored = evaluation_rows(load_rows(args, "validation"), tokenizer, max_tokens)
-    sizes = {"batch_size": args.batch_size, "seed": args.seed, "epochs": args.epochs}
+    sizes = {"batch_size": args.batch_size, "seed": args.seed}
     data = HellaSwag(train, scored, max_tokens, rows=rows, **sizes)
     require_steps(args, data)
     return data

@@ -133,7 +133,7 @@ def test_the_tail_of_a_line_is_many_short_rows():
 @given(SEQUENCES, LAYOUTS, st.booleans(), st.integers(1, 12), st.randoms())
 @settings(max_examples=60, deadline=None)
 def test_the_largest_batch_is_as_large_as_any(sequences, layout, few_lengths, batch_size, chance):
-    data = data_of(sequences, layout, few_lengths, max_tokens=64, batch_size=batch_size, epochs=2)
+    data = data_of(sequences, layout, few_lengths, max_tokens=64, batch_size=batch_size)
     for batches in (data.training_batches, data.evaluation_batches):
         largest, shapes = data.largest(batches()), data.shapes(batches())
         assert [s.length for s in shapes] == sorted({data.shape(b).length for b in batches()}, reverse=True)
@@ -206,6 +206,18 @@ def test_an_epoch_deals_each_row_once_and_is_seeded(lengths, layout, batch_size,
     assert len(batches) == math.ceil(len(lengths) / batch_size) == data.planned_steps(settings_of(1))
     assert max(map(len, batches)) <= batch_size
     assert batches == data.training_order(epoch)
+
+
+@pytest.mark.parametrize("layout", [PaddedRows, Lines])
+def test_the_first_epoch_tells_all_lengths(layout):
+    """So that what graphs need is compiled before, and no epoch takes more memory, whatever their number."""
+    rng = random.Random(0)
+    data = of_lengths([int(min(290, max(5, rng.lognormvariate(4, 1)))) for _ in range(700)], layout, True)
+    known = {shape.length for shape in data.shapes(data.training_batches())}
+    for epoch in range(2, 12):
+        found = {data.shape([data.train[at] for at in rows]).length for rows in data.training_order(epoch)}
+        assert found <= known
+        assert found == known or layout is PaddedRows
 
 
 @pytest.mark.parametrize("layout", [PaddedRows, Lines])

@@ -252,7 +252,7 @@ def test_what_the_start_says_of_the_data(tmp_path):
 
 def test_the_training_order_is_the_arguments(tmp_path):
     data = load(split_folder(tmp_path, TEXTS), seed=5, epochs=2, batch_size=3)
-    assert (data.seed, data.epochs, data.batch_size, data.max_tokens) == (5, 2, 3, 200)
+    assert (data.seed, data.batch_size, data.max_tokens) == (5, 3, 200)
     with pytest.raises(UserError, match="--warmup_steps 50 is not less than the run's 50 steps"):
         load(tmp_path, warmup_steps=50)
 

@@ -99,7 +99,6 @@ def load(args, tokenizer, max_tokens: int) -> OwnData:
         max_tokens,
         batch_size=args.batch_size,
         seed=args.seed,
-        epochs=args.epochs,
         rows=[row.number for row in scored for _ in row.sequences],
         counts=dict(reader.counts),
         what=reader.what,

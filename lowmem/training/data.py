@@ -29,7 +29,7 @@ class Data:
 
     train: [Sequence], empty where nothing is trained. scored: [Sequence], the held-out ones.
     max_tokens: most tokens that the model takes. batch_size: rows of a training batch, of all ranks together.
-    seed, epochs: of the training order. eval_tokens: about so many tokens are evaluated at a time, on each rank.
+    seed: of the training order. eval_tokens: about so many tokens are evaluated at a time, on each rank.
     counts: rows read, cut, left out, and why, for summary.json.
     """
 
@@ -39,7 +39,6 @@ class Data:
     _: KW_ONLY
     batch_size: int = 8
     seed: int = 0
-    epochs: int = 1
     eval_tokens: int = 1024
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -103,10 +102,15 @@ class Data:
         return self.layout.deal_all([s.tokens for s in self.scored], self.eval_tokens * parallel.world_size())
 
     def training_batches(self) -> Iterator[list[Sequence]]:
-        """Yield the sequences of each batch of all epochs."""
-        for epoch in range(1, self.epochs + 1):
-            for rows in self.training_order(epoch):
-                yield [self.train[at] for at in rows]
+        """Yield the sequences of batches of each length that training has: those of the first epoch.
+
+        In others lines are as long; of padded rows chance decides, so that more are made up, one for each length.
+        """
+        for rows in self.training_order(1):
+            yield [self.train[at] for at in rows]
+        if isinstance(self.layout, PaddedRows):
+            of_length = {self.layout.length([s.tokens]): s for s in self.train}
+            yield from ([s] * min(self.batch_size, len(self.train)) for s in of_length.values())
 
     def evaluation_batches(self) -> Iterator[list[Sequence]]:
         """Yield the sequences of each batch of an evaluation."""
