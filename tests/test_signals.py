@@ -163,7 +163,7 @@ def test_a_second_signal_ends_at_once(argv, commands, tmp_path):
 )
 def test_a_signal_between_steps_ends_at_once(where, said, left, argv, commands, tmp_path):
     waits = "import time; from lowmem.training import evaluation, models\n"
-    waits += f"{where} = lambda *_: (print('waiting', flush=True), time.sleep(60))"
+    waits += f"{where} = lambda *_, **__: (print('waiting', flush=True), time.sleep(60))"
     command = commands.start("finetune_lowmem", *argv("r"), first=waits)
     assert wait_until(lambda: "waiting" in command.out.read_text(), command)
     command.send(signal.SIGTERM)
