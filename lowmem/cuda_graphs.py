@@ -77,7 +77,7 @@ def choose_kernels(args, data: Data, device: torch.device) -> tuple[bool, bool]:
     """(whether steps run as CUDA graphs instead of kernels launched one by one; whether layers are compiled).
 
     Chooses what pays at the run's length, and has data.layout make few lengths where that is graphs. A resumed run
-    counts what is done too: it makes the same choice again, and goes on with the same kernels.
+    counts what is done too: of the same length it makes the same choice again.
     """
     if device.type != "cuda":
         return False, False

@@ -191,9 +191,9 @@ def few_evaluations(data: Data) -> int:
 
     More than otherwise: training keeps much more of each token.
     """
-    return (
-        max(data.eval_tokens, 2 * data.largest(data.training_batches()).ids.numel()) if data.train else data.eval_tokens
-    )
+    if not data.train:
+        return data.eval_tokens
+    return max(data.eval_tokens, 2 * data.largest(data.training_batches()).ids.numel())
 
 
 def head_can_leave_gpu(lm: CausalLM) -> bool:
@@ -222,8 +222,8 @@ def fit_to_budget(budget: int, rest: int, layers: int, layer: int, head: int | N
         return Plan(0, True, resident)
     if least > budget:
         raise UserError(
-            f"{budget / memory.GIB:.2f} GiB of GPU memory are too few: at this --batch_size the model needs "
-            f"{math.ceil(100 * least / memory.GIB) / 100:.2f} with all streamed that can be (--memory_budget)"
+            f"{budget / memory.GIB:.2f} GiB of GPU memory are too few: at this --batch_size and --max_length the model "
+            f"needs {math.ceil(100 * least / memory.GIB) / 100:.2f} with all streamed that can be (--memory_budget)"
         )
     more = (budget - least) // layer
     return Plan(layers - more, head is not None, least + more * layer)
@@ -295,4 +295,6 @@ def largest_batches(data: Data) -> tuple[Batch, Batch]:
     evaluated = copy(data)
     evaluated.eval_tokens = few_evaluations(data)
     evaluation = evaluated.largest(evaluated.evaluation_batches())
-    return data.largest(data.training_batches()) if data.train else evaluation, evaluation
+    if not data.train:
+        return evaluation, evaluation
+    return data.largest(data.training_batches(), data.most_targets()), evaluation

@@ -110,7 +110,7 @@ def test_lengths_are_few_and_not_much_longer(layout, parts, least):
 
 
 def test_rows_of_20_to_8000_tokens_make_some_twenty_lengths():
-    """Each is a CUDA graph. The batches of a window of 64 hold about equally many tokens."""
+    """Each is a CUDA graph. All batches of an epoch hold about equally many tokens, but those of the longest rows."""
     rng = random.Random(0)
     lengths = [min(8000, max(20, int(rng.lognormvariate(6, 1)))) for _ in range(20_000)]
     data = of_lengths(lengths, Lines, True, max_tokens=8192)
@@ -137,11 +137,39 @@ def test_the_largest_batch_is_as_large_as_any(sequences, layout, few_lengths, ba
     for batches in (data.training_batches, data.evaluation_batches):
         largest, shapes = data.largest(batches()), data.shapes(batches())
         assert [s.length for s in shapes] == sorted({data.shape(b).length for b in batches()}, reverse=True)
+        assert largest.ids.numel() == max(s.rows * s.length for s in shapes)
         for sequences in batches():
             shape = data.batch(sequences).shape
             (room,) = [room for room in shapes if room.length == shape.length]
             assert all(x <= y for x, y in zip(shape, room, strict=True))
-            assert all(x <= y for x, y in zip(room, largest.shape, strict=True))
+            assert shape.targets <= largest.shape.targets
+            assert shape.row_starts <= largest.shape.row_starts
+    assert len(data.largest(data.training_batches(), 10**6).targets) == largest_tokens(data)
+
+
+def largest_tokens(data):
+    return max(s.rows * s.length for s in data.shapes(data.training_batches()))
+
+
+def test_no_epoch_has_more_targets_than_planned():
+    rng = random.Random(0)
+    rows = [Sequence.ending([1] * n, rng.randint(1, n - 1)) for n in rng.choices(range(5, 200), k=500)]
+    for layout in (PaddedRows, Lines):
+        data = data_of(rows, layout, True)
+        found = max(data.shape([rows[at] for at in b]).targets for k in range(1, 9) for b in data.training_order(k))
+        assert found <= data.most_targets()
+
+
+@pytest.mark.parametrize("layout", [PaddedRows, Lines])
+def test_batches_are_the_same_with_graphs_and_when_other_ranks_go_on(layout, monkeypatch):
+    """--no_compile, the length of a run and the number of GPUs may change in the middle of an epoch."""
+    rng = random.Random(0)
+    lengths = [int(min(290, max(5, rng.lognormvariate(4, 1)))) for _ in range(400)]
+    plain, graphs = of_lengths(lengths, layout, False), of_lengths(lengths, layout, True)
+    order = plain.training_order(1)
+    assert graphs.training_order(1) == order
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    assert [sorted(batch) for batch in plain.training_order(1)] == [sorted(batch) for batch in order]
 
 
 @given(SEQUENCES, LAYOUTS, st.booleans(), st.integers(1, 4))
@@ -178,7 +206,7 @@ def test_the_small_batch_has_two_short_rows_with_a_target_each(layout):
         for few_lengths in (False, True):
             rows = rows_of(data_of(sequences, layout, few_lengths).small())
             kept = [(ids, targets) for ids, targets in rows if targets]
-            assert len(kept) == min(2, len(sequences))
+            assert len(kept) == 2, "one row alone comes twice, or none could see it"
             assert all(len(ids) <= 32 and max(targets) < 32 for ids, targets in kept)
             assert all(targets[k] == ids[k + 1] for ids, targets in kept for k in targets if k < max(targets))
 
@@ -231,7 +259,7 @@ def test_an_epoch_s_order_changes_with_epoch_and_seed_and_suits_its_layout(layou
         assert padded < 1.05 * sum(lengths), "rows of like length are not together"
     else:
         sums = [sum(lengths[row] for row in batch) for batch in ordered]
-        assert max(sums) < 1.1 * sum(lengths) / len(ordered), "batches differ in their tokens"
+        assert max(sums) < 1.15 * sum(lengths) / len(ordered), "batches differ in their tokens"
         assert {len(batch) for batch in ordered} == {8}
     assert ordered != data.training_order(2)
     assert ordered != of_lengths(lengths, layout, seed=43).training_order(1)
@@ -242,7 +270,7 @@ def test_an_epoch_s_order_changes_with_epoch_and_seed_and_suits_its_layout(layou
 def test_groups_are_balanced(sizes, count):
     """No group could give its smallest to one with room for more rows, and both be better off."""
     most = math.ceil(len(sizes) / count)
-    groups = layouts.balanced(sizes, count, most)
+    groups = layouts.balanced(sizes, [most] * count)
     assert sorted(at for group in groups for at in group) == list(range(len(sizes)))
     assert max(map(len, groups)) <= most
     sums = [sum(sizes[at] for at in group) for group in groups]
@@ -277,6 +305,17 @@ def test_lines_are_filled_to_one_of_two_lengths(rows, lengths):
     assert sum(found) < 1.015 * sum(s.tokens for batch in batches for s in batch)
 
 
+def test_lines_of_ranks_are_filled_too(monkeypatch):
+    """HellaSwag's lengths, about; 32 rows on four ranks."""
+    monkeypatch.setattr(parallel, "world_size", lambda: 4)
+    rng = random.Random(0)
+    for rows in ((22, 138), (25, 145), (30, 150)):
+        data = of_lengths([rng.randint(*rows) for _ in range(4096)], Lines, True, batch_size=32)
+        batches = list(data.training_batches())
+        assert 4 * sum(data.shape(b).length for b in batches) < 1.04 * sum(s.tokens for b in batches for s in b)
+        assert len({data.shape(b).length for b in batches}) <= 4
+
+
 def test_ranks_get_alike_many_tokens(monkeypatch):
     monkeypatch.setattr(parallel, "world_size", lambda: 4)
     rng = random.Random(0)
@@ -284,6 +323,9 @@ def test_ranks_get_alike_many_tokens(monkeypatch):
     for batch in data.training_batches():
         sums = [sum(s.tokens for s in shard) for shard in parallel.deal_to_ranks(batch)]
         assert max(sums) < 1.1 * min(sums)
+    few = of_lengths([101, 101, 101, 101, 51, 51, 51, 51, 11], Lines, batch_size=9)
+    (batch,) = few.training_batches()
+    assert [sum(s.tokens for s in shard) for shard in parallel.deal_to_ranks(batch)] == [160, 150, 150, 150]
 
 
 @given(st.lists(st.integers(2, 300), max_size=100), LAYOUTS, st.integers(1, 2000), st.booleans())

@@ -10,6 +10,7 @@ import pytest
 from support.chat_templates import CHATML, GEMMA, LLAMA, MISTRAL, PLAIN, QWEN, TAGGED, SlowTokenizer, chat_tokenizer
 from tokenizers import AddedToken, processors
 
+from lowmem.data import chat as chats
 from lowmem.data.chat import Chats, Conversation
 from lowmem.data.tokens import Encoder
 from lowmem.training.errors import UserError
@@ -106,9 +107,8 @@ def test_what_is_trained_is_what_generation_would_have_to_say():
         tokenizer = chat_tokenizer(template)
         found = [(s.ids, start) for s in sequences(tokenizer, TWO_TURNS) for start, _ in s.spans]
         for (ids, start), k in zip(found, (1, 3), strict=True):
-            prompt = tokenizer.apply_chat_template(
-                TWO_TURNS[:k], add_generation_prompt=True, strftime_now=DAY.strftime, return_dict=False
-            )
+            with chats._today_is(DAY):
+                prompt = tokenizer.apply_chat_template(TWO_TURNS[:k], add_generation_prompt=True, return_dict=False)
             assert list(ids[:start]) == prompt
 
 
@@ -166,6 +166,27 @@ def test_every_token_but_the_first_is_trained_if_asked_for():
     for template in (CHATML, QWEN, LLAMA, TAGGED):
         (sequence,) = sequences(chat_tokenizer(template), TWO_TURNS, everything=True)
         assert sequence.spans == ((1, len(sequence.ids)),)
+
+
+def test_a_last_character_of_several_tokens_is_trained_whole():
+    """Under tags that leave the token that ends the turn out, and where all is trained."""
+    without_end = TAGGED.replace(
+        "{{- message.content + '<|im_end|>' }}{%- endgeneration %}",
+        "{{- message.content }}{%- endgeneration %}{{- '<|im_end|>' }}",
+    )
+    assert without_end != TAGGED
+    assert targets(chat_tokenizer(without_end), say("a", "x 🦩")) == [["x 🦩"]]
+    bare = "{%- for m in messages %}{{- m.content }}{%- endfor %}"
+    (sequence,) = sequences(chat_tokenizer(bare), say("a", "x 🦩"), everything=True)
+    assert sequence.spans == ((1, len(sequence.ids)),)
+
+
+def test_under_tags_a_lost_call_is_refused_and_an_opening_answer_not_trained():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(UserError, match="line 7: the chat template leaves out the tool call of message 1"):
+        sequences(chat_tokenizer(TAGGED), [*say("hi"), call])
+    opened = [{"role": "assistant", "content": "Hello"}, *say("a", "x")]
+    assert targets(chat_tokenizer(TAGGED), opened) == [["x<|im_end|>"]]
 
 
 def test_the_day_is_the_run_s():

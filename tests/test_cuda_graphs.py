@@ -1,6 +1,7 @@
 """CUDA graphs, compiled layers, no masks: as far as a CPU goes, and on a GPU. python -m pytest tests/test_cuda_graphs.py"""
 
 import copy
+import functools
 import gc
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import finetune_lowmem
 from lowmem import cuda_graphs, placement
 from lowmem.adafactor import Adafactor
 from lowmem.training import models
-from lowmem.training.batches import Sequence, pad_batch
+from lowmem.training.batches import Sequence, Shape, pad_batch
 from lowmem.training.data import Data
 from lowmem.training.errors import UserError
 from lowmem.training.layouts import Lines
@@ -156,12 +157,14 @@ def test_graphs_of_a_run_that_goes_on_have_the_same_shapes(no_captures):
 
 
 def test_a_replay_has_its_batch_filled_up(no_captures):
-    rows = [[Sequence.ending(range(1, n), 3) for n in lengths] for lengths in ([20] * 8, [30] * 5, [40, 50, 2])]
+    rows = [
+        [Sequence.ending(range(1, n), 3) for n in lengths] for lengths in ([20] * 8, [30] * 5, [40, 50, 44], [90, 30])
+    ]
     in_a_line = Data(rows[0], rows[1], 64)
     in_a_line.layout = Lines(64, 64, few_lengths=True)
     for batches in ([make_batch(rows=rows, length=64) for rows in (8, 5, 7)], [in_a_line.batch(r) for r in rows]):
         graphs = cuda_graphs.Graphs(lambda batch: torch.zeros(()), None)
-        graphs.reserve(max(batch.shape for batch in batches))
+        graphs.reserve(functools.reduce(Shape.with_room_for, (batch.shape for batch in batches)))
         for batch in batches:
             graphs(batch)
             inputs = graphs.graphs[batch.ids.shape[1]][1]

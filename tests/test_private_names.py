@@ -3,6 +3,7 @@
 python -m pytest tests/test_private_names.py
 """
 
+import datetime
 import importlib.util
 import inspect
 
@@ -15,8 +16,10 @@ from support.tiny import make_model
 def test_of_transformers():
     from transformers.integrations.accelerate import load_offloaded_parameter
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+    from transformers.utils import chat_template_utils
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    assert chat_template_utils.datetime is datetime.datetime  # data/chat.py
     names = {"conversations", "tools", "chat_template", "return_assistant_tokens_mask"}
     assert names <= inspect.signature(render_jinja_template).parameters.keys()  # data/chat.py
     assert list(inspect.signature(load_offloaded_parameter).parameters)[:2] == ["model", "param_name"]  # saved_model.py

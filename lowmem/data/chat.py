@@ -3,8 +3,9 @@
 import inspect
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import date
+from datetime import date, datetime, time
 
 from lowmem.data.tokens import Encoder, check
 from lowmem.training.batches import Sequence
@@ -53,6 +54,23 @@ class Rendered:
     whole_turns: bool = False
 
 
+@contextmanager
+def _today_is(day):
+    """In this context the templates' `strftime_now` tells that day: a run that goes on tomorrow reads the same."""
+    from transformers.utils import chat_template_utils
+
+    class Day(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls.combine(day, time())
+
+    before, chat_template_utils.datetime = chat_template_utils.datetime, Day
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = before
+
+
 class EndsInTheMiddle(Exception):
     """A token holds the end of a turn and the beginning of the next."""
 
@@ -70,15 +88,17 @@ class Chats:
                 "the tokenizer of --model has no chat template, which rows of messages need: take an instruction-tuned "
                 "model, or give rows with prompt and completion as text"
             )
-        self.fixed = {"strftime_now": day.strftime}
-        self.reserved = {*inspect.signature(self.tokenizer.apply_chat_template).parameters, "messages", *self.fixed}
+        self.day = day
+        self.reserved = {*inspect.signature(self.tokenizer.apply_chat_template).parameters, "messages", "strftime_now"}
 
     def sequences(self, rows: list[tuple[str, Conversation]]) -> list[list[Sequence]]:
         """The sequences of each (where it is, conversation): one, or one a turn if the template renders it otherwise
         once others follow. Raises UserError, which names the row.
         """
-        made = self._tokenized([self._rendered(*row) for row in rows])
-        return [found or self._tokenized([list(self._by_turn(*row))])[0] for row, found in zip(rows, made, strict=True)]
+        with _today_is(self.day):
+            made = self._tokenized([self._rendered(*row) for row in rows])
+            by_turn = ([list(self._by_turn(*row))] for row, found in zip(rows, made, strict=True) if not found)
+            return [found or self._tokenized(next(by_turn))[0] for found in made]
 
     # Text
 
@@ -100,7 +120,7 @@ class Chats:
     def _variables(self, where, conversation):
         if taken := sorted(conversation.variables.keys() & self.reserved):
             raise UserError(f"{where}: chat_template_kwargs must not have {', '.join(taken)}: take that out")
-        return self.fixed | conversation.variables
+        return conversation.variables
 
     def _explained(self, where, call, /, *args, **settings):
         """What the call returns. Raises a UserError of whatever a template does about a conversation."""
@@ -168,10 +188,11 @@ class Chats:
             return_assistant_tokens_mask=True,
             **variables,
         )
+        self._require_calls(where, conversation, text)
         if self.everything:
             turns = [(0, len(text))]
-        elif conversation.first:
-            before = self.render(where, conversation, conversation.first)
+        elif count := conversation.first or conversation.messages[0]["role"] == "assistant":
+            before = self.render(where, conversation, count)
             if not text.startswith(before):
                 raise UserError(
                     f"{where}: the chat template renders the prompt otherwise with the completion behind it"

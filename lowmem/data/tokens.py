@@ -21,8 +21,9 @@ class Encoded:
         raise NotImplementedError
 
     def last(self, char: int) -> int:
-        """Index of the token that holds the last character before `char`."""
-        raise NotImplementedError
+        """Index of the last token with characters before `char`."""
+        first, across = self.border(char)
+        return first if across else first - 1
 
 
 class WithOffsets(Encoded):
@@ -38,11 +39,6 @@ class WithOffsets(Encoded):
             if (token := self.encoding.char_to_token(at)) is not None:
                 return token, self.encoding.token_to_chars(token)[0] < char
         return len(self.ids), False
-
-    def last(self, char: int) -> int:
-        """As `Encoded.last` says."""
-        found = (self.encoding.char_to_token(at) for at in range(char - 1, -1, -1))
-        return next((token for token in found if token is not None), -1)
 
 
 class WithPrefixes(Encoded):
@@ -60,10 +56,6 @@ class WithPrefixes(Encoded):
         differ = (k for k, (one, other) in enumerate(zip(before, self.ids, strict=False)) if one != other)
         common = next(differ, min(len(before), len(self.ids)))
         return common, common < len(before)
-
-    def last(self, char: int) -> int:
-        """As `Encoded.last` says."""
-        return self.border(char)[0] - 1
 
 
 class Encoder:

@@ -90,11 +90,8 @@ def parser(script: str, description: str, batch_size: int, lr: float, demo_lr: f
     add("--demo", action="store_true",
         help="SmolLM2-135M and real HellaSwag rows from Python packages, no account needed; changes the defaults to "
         + demo_flags)  # fmt: skip
-    add(
-        "--dry_run",
-        action="store_true",
-        help="without the weights: say what would be trained, how it looks to the model and what memory it would take",
-    )
+    add("--dry_run", action="store_true",
+        help="without the weights: say what would be trained, how the model sees it, what memory it takes")  # fmt: skip
     # How
     add("--batch_size", type=count, default=batch_size, metavar="N", help="rows per step")
     add("--lr", type=above_zero, default=lr, help="learning rate")

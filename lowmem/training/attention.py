@@ -13,6 +13,8 @@ from lowmem.training.layouts import Lines
 from lowmem.training.models import CausalLM
 
 NAME = "within_rows"  # under which transformers knows `attend_within_rows`
+KEPT_APART = 0.01  # of a hidden state's length; 0 where rows are kept apart: the same kernels on the same numbers
+IN_PLACE = 0.05  # of its length: room for bf16's rounding by other kernels
 
 
 def attend_within_rows(
@@ -77,6 +79,7 @@ def choose_layout(lm: CausalLM, data: Data) -> None:
     """
     padded, before = data.layout, lm.network.config.get_text_config()._attn_implementation
     why_not = "attention is not PyTorch's" if not before.startswith("sdpa") else _why_no_lines(lm, data)
+    why_not = next(filter(None, parallel.gather_objects(why_not)), None)  # all ranks alike
     parallel.reshard(lm.network)
     if why_not:
         data.layout = padded
@@ -113,9 +116,9 @@ def _why_no_lines(lm, data):
         AttentionInterface.register(NAME, attend_within_rows)
     if not all(used.intersection(layer.modules()) for layer in lm.layers):
         return "not every layer is plain attention"
-    if _differ(_hidden_states(lm, batch, at=same), after, 0.01):
+    if _differ(_hidden_states(lm, batch, at=same), after, KEPT_APART):
         return "a layer sees across rows"
-    if _differ(padded_states, states, 0.05):
+    if _differ(padded_states, states, IN_PLACE):
         return "a row's place in a line changes it"
     if missing := models.windows_below(lm.network, data.longest()) - windows:
         return f"attention does not say its window of {missing.pop()} tokens"

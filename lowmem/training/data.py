@@ -1,9 +1,9 @@
 """What a run trains on and is scored on, and the order in which it comes."""
 
+import heapq
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -74,18 +74,31 @@ class Data:
             found[shape.length] = shape.with_room_for(found.get(shape.length, shape))
         return [found[length] for length in sorted(found, reverse=True)]
 
-    def largest(self, batches: Iterable[list[Sequence]]) -> Batch:
-        """A batch of zeros with room for each of such batches."""
-        return self.layout.blank(reduce(Shape.with_room_for, self.shapes(batches)))
+    def largest(self, batches: Iterable[list[Sequence]], most_targets: int = 0) -> Batch:
+        """A batch of zeros with as many tokens, targets and rows in a line as any of such batches.
+
+        most_targets: so many targets at least, as far as it has tokens.
+        """
+        shapes = self.shapes(batches)
+        most = max(shapes, key=lambda shape: shape.rows * shape.length)
+        targets = max(most_targets, *(shape.targets for shape in shapes))
+        starts = max(shape.row_starts for shape in shapes)
+        return self.layout.blank(most._replace(targets=min(targets, most.rows * most.length), row_starts=starts))
+
+    def most_targets(self) -> int:
+        """Targets that a rank's part of a training batch may have: in later epochs other rows meet."""
+        rows = ceil_div(self.batch_size, parallel.world_size())
+        return sum(heapq.nlargest(rows, (s.targets for s in self.train)))
 
     def small(self) -> Batch:
         """Two rows of at most 32 tokens, the same on all ranks, for the start-up checks."""
-        ends = [(s, s.spans[-1][1]) for s in (self.train or self.scored)[:2]]
+        first = (self.train or self.scored)[:2]
+        ends = [(s, s.spans[-1][1]) for s in (first * 2)[:2]]  # one alone twice: do rows see each other?
         rows = [s.slice(max(0, end - 33), end) for s, end in ends]
         return self.layout.batch(rows, self.layout.shape([[s.tokens for s in rows]], targets=0))
 
     def training_order(self, epoch: int) -> list[list[int]]:
-        """The epoch's batches as lists of indices: shuffled, then put together by their lengths."""
+        """The epoch's batches as lists of indices: shuffled, then put together as the layout says."""
         order = list(range(len(self.train)))
         rng = random.Random(f"{self.seed} {epoch}")
         rng.shuffle(order)
@@ -102,15 +115,10 @@ class Data:
         return self.layout.deal_all([s.tokens for s in self.scored], self.eval_tokens * parallel.world_size())
 
     def training_batches(self) -> Iterator[list[Sequence]]:
-        """Yield the sequences of batches of each length that training has: those of the first epoch.
-
-        In others lines are as long; of padded rows chance decides, so that more are made up, one for each length.
-        """
+        """Yield the sequences of batches of each length that training has: the first epoch's, and others made up."""
         for rows in self.training_order(1):
             yield [self.train[at] for at in rows]
-        if isinstance(self.layout, PaddedRows):
-            of_length = {self.layout.length([s.tokens]): s for s in self.train}
-            yield from ([s] * min(self.batch_size, len(self.train)) for s in of_length.values())
+        yield from self.layout.made_up(self.train, min(self.batch_size, len(self.train)))
 
     def evaluation_batches(self) -> Iterator[list[Sequence]]:
         """Yield the sequences of each batch of an evaluation."""

@@ -45,7 +45,12 @@ def predicted_peak(lm, data, device, training_loss, make_optimizer) -> int:
         models.checkpoint_activations(lm.network)
         few = [p for p in lm.trained.values() if p.is_cuda]
         optimizer = make_optimizer(few)
-        batch = data.largest(data.training_batches() if data.train else data.evaluation_batches()).to(device)
+        batch = data.largest(data.evaluation_batches())
+        if data.train:
+            batch = data.largest(data.training_batches(), data.most_targets())
+        batch = batch.to(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         for _ in range(2):  # the first time kernels are loaded too
             training_loss(lm, batch).backward()
             optimizer.step()

@@ -40,6 +40,6 @@ def _sums(data, done):
     for own, scores in done:  # only now, so that the device never waits for the host
         counts = [data.scored[at].targets for at in own]
         for at, of_sequence in zip(own, scores.cpu()[: sum(counts)].split(counts), strict=True):
-            sums[at] = of_sequence.sum(0)
+            sums[at] = of_sequence.double().sum(0)
     sums = parallel.sum_over_ranks(sums)
     return sums[:, 0], sums[:, 1].long()
