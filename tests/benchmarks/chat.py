@@ -31,7 +31,7 @@ import tokenize_rows
 from lowmem.training import models
 from lowmem.training.memory import GIB
 
-OURS = ["low-memory 8B, not compiled", "8B, batch 8, 6 GiB"]
+OURS = ["low-memory 8B, not compiled, whole card", "8B, batch 8, 6 GiB"]
 TRL = {"TRL, padded, 8 rows": {"rows": 8, "packing": False}, "TRL, packed": {"rows": 1, "packing": True}}
 BEFORE, TIMED = 6, 16  # steps of TRL before those that are timed, and those
 MAX_LENGTH = 4096

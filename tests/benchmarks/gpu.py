@@ -63,6 +63,7 @@ CASES = {
     "low-memory 8B": ("finetune_lowmem", "8B", [], (128, 64, 64), 15.5),
     "low-memory 8B, not compiled": ("finetune_lowmem", "8B", [], (128, 64, 64), 15.5),
     "low-memory 8B, --no_compile": ("finetune_lowmem", "8B", ["--no_compile"], (16, 48, 16), 15.5),
+    "low-memory 8B, not compiled, whole card": ("finetune_lowmem", "8B", [], (32, 48, 0), None),  # for longer rows
 }
 BUDGETS = {  # --memory_budget: layers streamed from host memory; not compiled, as a run of fewer than 8,000 steps
     f"{shape}, batch {batch}, {gib:g} GiB": ("finetune_lowmem", shape, ["--batch_size", str(batch)], (24, 32, 4), gib)
