@@ -106,8 +106,7 @@ def as_graphs(
     if compiled:
         compile_layers(lm.network)
         score_targets = torch.compiler.set_stance("force_eager")(score_targets)  # not worth a second compilation
-    lengths = [[shape.length for shape in data.shapes(b)] for b in (data.training_batches(), data.evaluation_batches())]
-    train, evaluate = (f"{len(of)} of {of[-1]:,} to {of[0]:,} tokens" if of else "none" for of in lengths)
+    train, evaluate = (_lengths(data.shapes(of)) for of in (data.training_batches(), data.evaluation_batches()))
     records.say("graphs", f"to train {train}, to evaluate {evaluate}")
     warm_up(step, optimizer, data)
     pool = torch.cuda.graph_pool_handle()
@@ -115,6 +114,12 @@ def as_graphs(
     for batch in data.evaluation_batches():
         score_targets.reserve(data.shape(batch))
     return step, score_targets
+
+
+def _lengths(shapes):
+    if len(shapes) < 2:
+        return f"{shapes[0].length:,} tokens" if shapes else "none"
+    return f"{len(shapes)} lengths, {shapes[-1].length:,} to {shapes[0].length:,} tokens"
 
 
 class Graphs:
