@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import transformers
 from support.tiny import ARCHITECTURES, TINY, make_model
 from support.training import as_lm, checkpointed
+from torch.nn.attention import varlen
 
 import finetune_lowmem
 from lowmem import cuda_graphs
@@ -129,22 +130,14 @@ def test_attention_within_rows_is_softmax_by_its_definition(heads, window):
     torch.testing.assert_close(found, (weights @ v).transpose(1, 2))
 
 
-@pytest.mark.parametrize("gqa", [True, False])
-def test_varlen_attn_gets_what_its_signature_takes(gqa, monkeypatch):
-    """That of the torch that is installed, from 2.12 on with `enable_gqa`, and that of 2.11 without."""
-    from torch.nn.attention import varlen
-
-    own = inspect.signature(varlen.varlen_attn)
-    names = [p for p in own.parameters.values() if p.name != "enable_gqa"]
-    if gqa:
-        names.append(inspect.Parameter("enable_gqa", inspect.Parameter.KEYWORD_ONLY, default=False))
-    given = {}
+def test_varlen_attn_gets_what_its_signature_takes(monkeypatch):
+    """That of the torch that is installed: from 2.12 on with `enable_gqa`, before without."""
+    signature, given = inspect.signature(varlen.varlen_attn), {}
 
     def stand_in(*args, **kwargs):
         given.update(signature.bind(*args, **kwargs).arguments)
         return args[0]
 
-    signature = stand_in.__signature__ = own.replace(parameters=names)
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
     q, k = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8)
     starts = torch.tensor([0, 4, 9], dtype=torch.int32)
@@ -153,7 +146,25 @@ def test_varlen_attn_gets_what_its_signature_takes(gqa, monkeypatch):
     assert given["key"].shape == (9, 2, 8)
     assert (given["max_q"], given["max_k"], given["scale"], given["window_size"]) == (5, 5, 0.5, (2, 0))
     assert given["cu_seq_q"] is given["cu_seq_k"] is starts
-    assert given.get("enable_gqa") is (True if gqa else None)
+    assert given.get("enable_gqa", False) == ("enable_gqa" in signature.parameters)
+
+
+def test_torch_compile_follows_attention_on_a_gpu_whole(monkeypatch):
+    """Traced, not run: a break in it would cut each compiled layer once more."""
+    torch._dynamo.reset()
+    traced = []
+    monkeypatch.setattr(attention, "_attend_on_cpu", attention._attend_on_gpu)
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return lambda *_: (torch.zeros(1, 9, 4, 16),)
+
+    q, k = torch.randn(1, 4, 9, 16).bfloat16(), torch.randn(1, 2, 9, 16).bfloat16()
+    attend = torch.compile(attend_within_rows, fullgraph=True, dynamic=True, backend=backend)
+    starts = torch.tensor([0, 4, 9], dtype=torch.int32)
+    attend(None, q, k, k, None, 0.5, sliding_window=3, cu_seq_lens_q=starts, max_length_q=5)
+    assert len(traced) == 1
+    torch._dynamo.reset()
 
 
 CONV_OR_STATE = {

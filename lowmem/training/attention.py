@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import varlen
 
 from lowmem.training import models, parallel, records
 from lowmem.training.data import Data
@@ -13,6 +14,8 @@ from lowmem.training.layouts import Lines
 from lowmem.training.models import CausalLM
 
 NAME = "within_rows"  # under which transformers knows `attend_within_rows`
+# asked once, not by each layer of each step; torch 2.11 does so without being told
+GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}
 KEPT_APART = 0.01  # of a hidden state's length; 0 where rows are kept apart: the same kernels on the same numbers
 IN_PLACE = 0.05  # of its length: room for bf16's rounding by other kernels
 
@@ -44,15 +47,12 @@ def attend_within_rows(
 
 
 def _attend_on_gpu(query, key, value, scale, window, row_starts, longest):
-    from torch.nn.attention.varlen import varlen_attn
-
-    heads = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # not in 2.11
     if torch.is_autocast_enabled("cuda"):
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
     query, key, value = (x.transpose(1, 2).squeeze(0) for x in (query, key, value))
     window = (-1 if window is None else window - 1, 0)  # to the left of a token, to its right
-    out = varlen_attn(
-        query, key, value, row_starts, row_starts, longest, longest, scale=scale, window_size=window, **heads
+    out = varlen.varlen_attn(
+        query, key, value, row_starts, row_starts, longest, longest, scale=scale, window_size=window, **GQA
     )
     return out[None]
 

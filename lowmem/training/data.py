@@ -40,7 +40,6 @@ class Data:
     batch_size: int = 8
     seed: int = 0
     eval_tokens: int = 1024
-
     counts: dict[str, int] = field(default_factory=dict)
 
     SCORES: ClassVar[dict[str, tuple[str, str, str]]] = {}  # of a score: what it is called, its unit, its format
