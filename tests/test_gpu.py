@@ -1,6 +1,7 @@
 """Whole runs of the low-memory script on a GPU, or two, in processes of their own. python -m pytest -m gpu tests/test_gpu.py"""
 
 import json
+import random
 import re
 import shutil
 import signal
@@ -13,7 +14,7 @@ import torch
 from support.commands import Commands, after_each_step
 from support.quantized import QUANTIZED, quantized_pair, saved_dtype
 from support.runs import ROOT, assert_same_run, has_lines, lines, ranks_of, wait_until, weights
-from support.tiny import make_model
+from support.tiny import make_model, write_jsonl
 
 from lowmem.training import checkpoint
 
@@ -83,6 +84,7 @@ def test_compiled_and_graphed_runs_follow_the_plain_one(run):
     for name, compiled in (("graphs", False), ("compiled", True)):
         summary, said = run(name, "--epochs", 2, compiled=compiled)
         assert f"as CUDA graphs, decoder layers {'compiled' if compiled else 'not compiled'}" in said
+        assert "rows end to end in one line" in said
         assert summary["eval"][0]["gold_nll"] == pytest.approx(start, rel=0.01)
         assert summary["eval"][-1]["gold_nll"] == pytest.approx(end, rel=0.1)
         assert summary["steps"] == 30
@@ -265,6 +267,38 @@ def test_all_parameters_train_streamed(run_wide):
     assert summary["eval"][-1]["gold_nll"] < 0.8 * summary["eval"][0]["gold_nll"]
 
 
+@pytest.fixture
+def own_rows(tmp_path):
+    """A file of prompts of 1 to 60 words, each with a completion that repeats its last word."""
+    rng, words = random.Random(0), ["apple", "bridge", "candle", "drum", "eagle", "flute"]
+    prompts = [rng.choices(words, k=min(60, int(rng.lognormvariate(2, 1)) + 1)) for _ in range(300)]
+    rows = [{"prompt": " ".join(prompt), "completion": f" and the {prompt[-1]}"} for prompt in prompts]
+    write_jsonl(tmp_path / "own.jsonl", rows)
+    return tmp_path / "own.jsonl"
+
+
+def assert_learned_own_rows(summary, said):
+    """All but the prompt's last word is the same in each row, and a random model knows none of it."""
+    assert "rows end to end in one line" in said
+    assert "as CUDA graphs" in said
+    before, after = (summary["eval"][at]["nll"] for at in (0, -1))
+    assert after < 0.5 * before
+
+
+def test_own_rows_train_within_a_budget_and_with_cut(run_wide, own_rows):
+    pytest.importorskip("cut_cross_entropy")
+    flags = ["--dataset", own_rows, "--epochs", 2]
+    budget = round(least_budget(run_wide, *flags) + 0.04, 2)
+    resident, said = run_wide("resident", *flags)
+    assert_learned_own_rows(resident, said)
+    for name, more in (("cut", ["--cross_entropy", "cut"]), ("streamed", ["--memory_budget", budget])):
+        summary, said = run_wide(name, *flags, *more)
+        assert_learned_own_rows(summary, said)
+        assert summary["eval"][0]["nll"] == pytest.approx(resident["eval"][0]["nll"], rel=0.01)
+    assert "1 of 6 decoder layers on the GPU, 5 streamed through 2 slots" in said
+    assert peak(summary) <= predicted_peak(said) + 0.005 <= budget + 0.01
+
+
 def peak(summary):
     return max(phase["device"] for phase in summary["memory_gib"].values())
 
@@ -305,6 +339,14 @@ def test_two_gpus_train_as_one_and_go_on_after_a_killed_rank(run, tmp_path, mode
     alone, _ = run("alone", *flags, "--resume")
     assert alone["steps"] == 120
     assert alone["eval"][-1]["gold_nll"] == pytest.approx(two["eval"][-1]["gold_nll"], rel=0.1)
+
+
+@two_gpus
+def test_own_rows_train_on_two_gpus(run, own_rows):
+    one, _ = run("one", "--dataset", own_rows, "--epochs", 4)
+    two, said = run("two", "--dataset", own_rows, "--epochs", 4, ranks=2)
+    assert_learned_own_rows(two, said)
+    assert two["eval"][0]["nll"] == pytest.approx(one["eval"][0]["nll"], rel=0.01)
 
 
 @two_gpus
