@@ -291,10 +291,13 @@ def measure_one_step(
 
 
 def largest_batches(data: Data) -> tuple[Batch, Batch]:
-    """The largest training batch and the largest evaluation batch, of a run that streams, as zeros."""
+    """The largest training batch and the largest evaluation batch, of a run that streams, as zeros.
+
+    Where nothing is trained, the start-up checks' step is all that there is of training.
+    """
     evaluated = copy(data)
     evaluated.eval_tokens = few_evaluations(data)
     evaluation = evaluated.largest(evaluated.evaluation_batches())
     if not data.train:
-        return evaluation, evaluation
+        return data.small(), evaluation
     return data.largest(data.training_batches(), data.most_targets()), evaluation

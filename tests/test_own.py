@@ -222,7 +222,7 @@ def test_training_rows_that_equal_a_held_out_one_are_left_out_and_counted(tmp_pa
 
 
 def test_the_held_out_split_is_validation_or_test_or_eval(tmp_path):
-    for split in ("eval", "test", "validation"):
+    for split in ("eval", "test", "dev", "valid", "val", "validation"):
         split_folder(tmp_path, TEXTS[:8], [{"text": split}], split)
         data = load(tmp_path)
         assert shown(data.scored) == [f"<bos>⟦{split}<eos>⟧"]

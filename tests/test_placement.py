@@ -8,6 +8,8 @@ from support.training import CPU, as_lm, make_batch
 
 from lowmem import placement
 from lowmem.training import memory, models
+from lowmem.training.batches import Sequence
+from lowmem.training.data import Data
 from lowmem.training.errors import UserError
 
 GIB = memory.GIB
@@ -57,6 +59,14 @@ def test_a_budget_is_at_most_the_cards_and_of_one_gpu_alone(monkeypatch):
 def test_a_budget_without_a_gpu_is_refused(commands, argv):
     said = refused(commands, "finetune_lowmem", *argv("r", "--memory_budget", 4))
     assert "--memory_budget is for a GPU, and there is none here: leave it out" in said
+
+
+def test_a_run_that_only_evaluates_has_no_large_training_batch():
+    held_out = [Sequence.ending([1] * 33, 8)] * 20
+    train, evaluation = placement.largest_batches(Data([], held_out, 64, eval_tokens=320))
+    assert (train.ids.numel(), evaluation.ids.numel()) == (2 * 32, 10 * 32)
+    train, _ = placement.largest_batches(Data(held_out, held_out, 64, batch_size=5))
+    assert train.ids.numel() == 5 * 32
 
 
 def test_layers_unlike_the_others_or_with_a_shared_weight_never_stream():

@@ -21,7 +21,8 @@ import finetune_lowmem
 from lowmem import cuda_graphs
 from lowmem.training import checkpoint, evaluation, memory, models, signals
 from lowmem.training import run as runs
-from lowmem.training.data import Scores
+from lowmem.training.batches import Sequence
+from lowmem.training.data import Data, Scores
 from lowmem.training.errors import Diverged, Interrupted, UserError
 from lowmem.training.records import Records
 from lowmem.training.run import BAD_STEPS, Run
@@ -591,9 +592,9 @@ def test_bad_gradients_on_a_gpu(streamed, how):
         if how == "compiled graphs":
             cuda_graphs.compile_layers(network)
         batches, step = [make_batch(seed, rows=8, length=64).to(device) for seed in range(6)], made.step
-        cuda_graphs.warm_up(step, made.optimizer, 8, {64})
+        cuda_graphs.warm_up(step, made.optimizer, Data([Sequence.ending([1] * 65, 50)] * 8, [], 64))
         if how != "eager":
-            step = cuda_graphs.Graphs(made.step, torch.cuda.graph_pool_handle(), rows=8)
+            step = cuda_graphs.Graphs(made.step, torch.cuda.graph_pool_handle())
         before = dict(zip((n for n, _ in network.named_parameters()), made.weights(), strict=True))
         for batch, value in zip(batches, [1, math.nan, 1, math.inf, 1e36, 1], strict=True):
             factor.fill_(value)

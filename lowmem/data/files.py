@@ -14,7 +14,7 @@ from pathlib import Path
 from lowmem.training import source
 from lowmem.training.errors import UserError
 
-HELD_OUT = ("validation", "test", "eval")  # the first of these splits that there is
+HELD_OUT = ("validation", "val", "valid", "dev", "test", "eval")  # the first of these splits that there is
 BLOCK = 1000  # rows of an Arrow file at a time
 
 

