@@ -166,13 +166,13 @@ class Stopwatch:
 
     def __init__(self, before, timed, profiled):
         self.first, self.last, self.profiled = before, before + timed, profiled
-        self.stamps, self.losses, self.kernels, self.context, self.longest = [], [], {}, None, 0
+        self.stamps, self.losses, self.kernels, self.context, self.tokens = [], [], {}, None, 0
         self.plain, Run.after_step = Run.after_step, lambda run, loss: self.step(run, loss)
 
     def step(self, run, loss):
         self.plain(run, loss)
         self.losses.append(loss)
-        self.longest, self.lm = max(self.longest, run.batch.ids.shape[1]), run.lm
+        self.tokens, self.lm = max(self.tokens, run.batch.ids.numel()), run.lm
         step = run.progress["step"]
         if step in (self.first, self.last):
             torch.cuda.synchronize()
@@ -217,24 +217,24 @@ class Stopwatch:
         return found
 
 
-def activations_gib(config, rows, length):
+def activations_gib(config, tokens):
     """What a bf16 layer-checkpointed step of a Llama must keep at its widest moment, counted from the shapes.
 
     Each layer's input; and within one layer, run again: queries, keys, values and their rotated copies, attention's
     output, four copies of the width (norms and residuals), and of the MLP gate, up, product and two gradients.
     """
-    tokens, heads = rows * length, config.num_attention_heads
+    heads = config.num_attention_heads
     kept = config.num_hidden_layers * config.hidden_size
     keys = config.hidden_size * config.num_key_value_heads // heads
     inside = 2 * (config.hidden_size + keys) + keys + 5 * config.hidden_size + 5 * config.intermediate_size
     return 2 * tokens * (kept + inside) / GIB
 
 
-def ledger(summary, config, length, context, buffers):
+def ledger(summary, config, tokens, context, buffers):
     """{part: GiB} of the card at the training phase's peak, and what of it is not explained, as a share."""
     peak = summary["memory_gib"]["train"]
     parts = {name: gib for name, gib in summary["ledger_gib"].items() if name != "the rest"}
-    activations = activations_gib(config, summary["args"]["batch_size"], length)
+    activations = activations_gib(config, tokens)
     # Of a tied, trained weight two gradients exist until they are added: the head's and the embeddings', when the layers
     # are done
     if summary["args"]["trained"] == "all" and config.tie_word_embeddings and parts["largest gradient"] > activations:
@@ -304,7 +304,7 @@ def worker(name, args):
         buffers = getattr(stopwatch.lm.head, "buffers", None)
         buffers = 0 if buffers is None else buffers.nbytes / GIB
         config = LlamaConfig(**SHAPES[shape])
-        result["ledger_gib"] = ledger(summary, config, stopwatch.longest, stopwatch.context, buffers)
+        result["ledger_gib"] = ledger(summary, config, stopwatch.tokens, stopwatch.context, buffers)
     print("\n" + json.dumps(result))
 
 

@@ -148,6 +148,20 @@ def memory_and_speed():
 
 
 @block
+def without_padding():
+    """The same cases with rows padded to one length, as they were before, and in one line; on one machine."""
+    before, now, rows = cases("padded-h200.json"), cases("headline-h200.json"), []
+    for name, old in before.items():
+        new = now[name]
+        figures = [(peak(c), f"{c['rows_per_second']:.1f}", f"{c['tokens_per_second']:,.0f}") for c in (old, new)]
+        times = f"{new['tokens_per_second'] / old['tokens_per_second']:.2f}"
+        rows.append([name, *(x for pair in zip(*figures, strict=True) for x in pair), times])
+    head = [f"{what}, {how}" for what in ("peak, GiB", "rows/s", "tokens/s") for how in ("padded", "in a line")]
+    files = measured("padded-h200.json", before.values()), measured("headline-h200.json", now.values())
+    return [*table(["", *head, "times"], rows), "", f"Padded: {files[0]}; in a line: {files[1]}."]
+
+
+@block
 def where_the_memory_is():
     file, found = newest(["low-memory 1B", "low-memory 8B"])
     parts = [part for part in found[0]["ledger_gib"] if "share" not in part]
