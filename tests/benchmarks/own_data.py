@@ -67,6 +67,7 @@ def run(args, method, rate, seed):
         ]
         command += ["--model", args.model, "--dataset", args.rows, "--epochs", 1, "--lr", rate, "--seed", seed, *flags]
         command += ["--train_rows", args.train_rows] if args.train_rows else []
+        command += ["--eval_rows", args.eval_rows] if args.eval_rows else []
         done = subprocess.run([*map(str, command), "--no_save_model"], capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{method} at {rate}: {done.stderr[-1000:]}")
@@ -86,6 +87,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; a run is added as it ends")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--train_rows", type=int)
+    parser.add_argument("--eval_rows", type=int)
     parser.add_argument("--commit", default=gpu.commit())
     args = parser.parse_args()
     if not args.rows.exists():
