@@ -88,18 +88,20 @@ def train_with_trl(case, args):
         trainer.train()
     seconds = stamps[BEFORE + TIMED] - stamps[BEFORE]
     timed = range(BEFORE + 1, BEFORE + TIMED + 1)  # batches are made in order, in this process
+    memory = {
+        "allocated": torch.cuda.max_memory_allocated() / GIB,
+        "reserved": torch.cuda.max_memory_reserved() / GIB,
+        "device": gpu.device_gib() + (torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved()) / GIB,
+    }
+    versions = {name: version(name) for name in ("trl", "transformers", "torch", "accelerate")}
     result = {
         "case": case,
         "rows_per_second": sum(rows[k] for k in timed) / seconds,
         "tokens_per_second": sum(tokens[k] for k in timed) / seconds,
-        "memory_gib": {
-            "allocated": torch.cuda.max_memory_allocated() / GIB,
-            "reserved": torch.cuda.max_memory_reserved() / GIB,
-            "device": gpu.device_gib() + (torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved()) / GIB,
-        },
+        "memory_gib": {"train": memory},
         "attention": model.config._attn_implementation,
         "liger": settings.use_liger_kernel,
-        "versions": {name: version(name) for name in ("trl", "transformers", "torch", "accelerate")},
+        "versions": versions | {"device": torch.cuda.get_device_name()},
         "machine": gpu.machine(),
     }
     print("\n" + json.dumps(result))
@@ -144,9 +146,8 @@ def main():
         if "failed" in c:
             print(f"{c['case']:<40} failed: {c['failed']}")
             continue
-        memory = c["memory_gib"].get("train", c["memory_gib"])
         print(
-            f"{c['case']:<40}{memory['device']:>7.2f} GiB{c['rows_per_second']:>8.2f} rows/s"
+            f"{c['case']:<40}{c['memory_gib']['train']['device']:>7.2f} GiB{c['rows_per_second']:>8.2f} rows/s"
             f"{c['tokens_per_second']:>8.0f} tokens/s{c.get('target_tokens_per_second', 0):>8.0f} target tokens/s"
         )
 
