@@ -132,11 +132,12 @@ def load(args, tokenizer, max_tokens: int) -> Data:
         raise UserError(f"--max_length {args.max_length} is more than the {max_tokens} tokens that the model takes")
     if not is_hellaswag(args):
         data = own.load(args, tokenizer, max_tokens)
-        require_steps(args, data)
-        return data
-    if args.train_on != "answers":
+    elif args.train_on != "answers":
         raise UserError(f"--train_on {args.train_on} is for other rows than HellaSwag's, whose endings are trained")
-    return load_hellaswag(args, tokenizer, args.max_length or max_tokens)
+    else:
+        data = load_hellaswag(args, tokenizer, args.max_length or max_tokens)
+    require_steps(args, data)
+    return data
 
 
 def say_examples(data: Data, tokenizer) -> None:
@@ -180,7 +181,7 @@ def is_hellaswag(args) -> bool:
 
 def require_steps(args, data: Data) -> None:
     """Refuse a warm-up that is longer than the run."""
-    steps = data.planned_steps(args)
+    steps = data.planned_steps()
     if data.train and args.warmup_steps >= steps:
         raise UserError(f"--warmup_steps {args.warmup_steps} is not less than the run's {steps} steps: take fewer")
 
@@ -189,10 +190,8 @@ def load_hellaswag(args, tokenizer, max_tokens: int) -> HellaSwag:
     """The sequences that --dataset gives; none to train on when --epochs is 0. Raises UserError."""
     train = training_sequences(load_rows(args, "train"), tokenizer, args.train_text, max_tokens) if args.epochs else []
     rows, scored = evaluation_rows(load_rows(args, "validation"), tokenizer, max_tokens)
-    sizes = {"batch_size": args.batch_size, "seed": args.seed}
-    data = HellaSwag(train, scored, max_tokens, rows=rows, **sizes)
-    require_steps(args, data)
-    return data
+    how = {name: getattr(args, name) for name in ("batch_size", "epochs", "max_steps", "seed")}
+    return HellaSwag(train, scored, max_tokens, rows=rows, **how)
 
 
 def training_sequences(rows: list[dict], tokenizer, text: str, max_tokens: int) -> list[Sequence]:

@@ -1,6 +1,6 @@
 """The baseline: fine-tune a causal LM, on HellaSwag or own rows, with FP32 weights and an ordinary loop.
 
-    python finetune_base.py --run-name X                  # Llama-3.2-1B, FP32 Adam: about 25 GiB of GPU memory
+    python finetune_base.py --run-name X                  # Llama-3.2-1B, FP32 Adam: about 20 GiB of GPU memory
     python finetune_base.py --run-name demo-base --demo   # SmolLM2-135M on a CPU, no account needed
     torchrun --nproc-per-node 2 finetune_base.py --run-name X2  # the same on two GPUs
 
@@ -54,6 +54,8 @@ def main(argv=None):
     # Data
     tokenizer, max_tokens = tokenizing.load(args.model, weights=not args.dry_run)
     data = common.load(args, tokenizer, max_tokens)
+    if args.dry_run:
+        common.say_examples(data, tokenizer)
 
     # Model: weights in fp32, each layer's activations made again in backward
     models.require_room(args.model, torch.float32)
@@ -61,7 +63,6 @@ def main(argv=None):
     models.check_ids(lm, data)
     optimizer_of = partial(make_optimizer, args.optimizer, lr=args.lr, fused=device.type == "cuda")
     if args.dry_run:
-        common.say_examples(data, tokenizer)
         return dry_run.say_peak(lm, data, device, training_loss, optimizer_of)
     common.say_special_tokens(args, lm, data, tokenizer)
     fsdp.shard(lm, device, torch.float32)

@@ -83,6 +83,8 @@ def main(argv=None):
     # Data
     tokenizer, max_tokens = tokenizing.load(args.model, weights=not args.dry_run)
     data = common.load(args, tokenizer, max_tokens)
+    if args.dry_run:
+        common.say_examples(data, tokenizer)
     graphs, compiled = cuda_graphs.choose_kernels(args, data, device)
 
     # Model: weights in bf16 (1), on the GPU as far as they fit, each layer's activations made again in backward (4)
@@ -94,7 +96,6 @@ def main(argv=None):
     cuda_graphs.leave_out_masks(lm.network, data.longest())
     measure = partial(placement.measure_one_step, training_loss=loss_of, update_in_backward=update_in_backward)
     if args.dry_run:
-        common.say_examples(data, tokenizer)
         return placement.make_plan(lm, data, device, budget, graphs, measure)
     common.say_special_tokens(args, lm, data, tokenizer)
     plan = placement.make_plan(lm, data, device, budget, graphs, measure)

@@ -81,7 +81,7 @@ def choose_kernels(args, data: Data, device: torch.device) -> tuple[bool, bool]:
     """
     if device.type != "cuda":
         return False, False
-    steps = data.planned_steps(args)
+    steps = data.planned_steps()
     evaluated = (args.epochs + 1) * sum(len(s.ids) for s in data.scored)  # tokens
     evaluations = evaluated // (data.eval_tokens * parallel.world_size())
     if args.no_compile or steps + evaluations / 3 < GRAPHS_PAY_STEPS:
@@ -106,7 +106,7 @@ def as_graphs(
     if compiled:
         compile_layers(lm.network)
         score_targets = torch.compiler.set_stance("force_eager")(score_targets)  # not worth a second compilation
-    train, evaluate = (_lengths(data.shapes(of)) for of in (data.training_batches(), data.evaluation_batches()))
+    train, evaluate = _lengths(data.training_shapes()), _lengths(data.evaluation_shapes())
     records.say("graphs", f"to train {train}, to evaluate {evaluate}")
     warm_up(step, optimizer, data)
     pool = torch.cuda.graph_pool_handle()
@@ -195,7 +195,7 @@ def warm_up(step: Callable, optimizer: Adafactor, data: Data) -> None:
     So a GPU that is too small for the longest batch says so here, before anything was trained.
     """
     with learning_rate_zero(optimizer), advise_no_compile():
-        for shape in data.shapes(data.training_batches()):
+        for shape in data.training_shapes():
             # more than 128 targets, as most batches have
             targets = max(2 * TARGETS_MULTIPLE, ceil_div(shape.targets, TARGETS_MULTIPLE) * TARGETS_MULTIPLE)
             step(pad_batch(data.layout.blank(shape), shape._replace(targets=targets)).to("cuda"))

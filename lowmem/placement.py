@@ -193,7 +193,7 @@ def few_evaluations(data: Data) -> int:
     """
     if not data.train:
         return data.eval_tokens
-    return max(data.eval_tokens, 2 * data.largest(data.training_batches()).ids.numel())
+    return max(data.eval_tokens, 2 * max(shape.rows * shape.length for shape in data.training_shapes()))
 
 
 def head_can_leave_gpu(lm: CausalLM) -> bool:
@@ -250,7 +250,7 @@ def plan_placement(lm: CausalLM, data: Data, graphs: bool, budget: int, measure:
             p.data = p.data.cpu()  # as the others, or they would be there twice when they come to their places
     torch.cuda.empty_cache()
     if graphs:
-        lengths = len(data.shapes(data.training_batches())) + len(data.shapes(data.evaluation_batches()))
+        lengths = len(data.training_shapes()) + len(data.evaluation_shapes())
         outside += lengths * len(layers) * GRAPH_BYTES_PER_LAYER
     layer = memory.size_in_bytes(alike[0].parameters()) if alike else 0
     rest += outside + ALLOCATOR_GAP_BYTES
@@ -297,7 +297,7 @@ def largest_batches(data: Data) -> tuple[Batch, Batch]:
     """
     evaluated = copy(data)
     evaluated.eval_tokens = few_evaluations(data)
-    evaluation = evaluated.largest(evaluated.evaluation_batches())
+    evaluation = evaluated.largest(evaluated.evaluation_shapes())
     if not data.train:
         return data.small(), evaluation
-    return data.largest(data.training_batches(), data.most_targets()), evaluation
+    return data.largest(data.training_shapes()), evaluation

@@ -260,6 +260,20 @@ def test_positions_and_windows_that_do_not_arrive_are_found(network, architectur
     assert why in capsys.readouterr().out
 
 
+def test_a_window_behind_the_first_layers_is_looked_for():
+    """Qwen2-MoE does not tell its attention of it; a plan is made with the first layers alone."""
+    kinds = ["full_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    experts = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    windows = {"num_hidden_layers": 4, "layer_types": kinds, "use_sliding_window": True, "sliding_window": 16}
+    lm = as_lm(config_of(transformers.Qwen2MoeConfig, **experts, **windows))
+    data = Data(rows(), [], max_tokens=128)
+    cuda_graphs.leave_out_masks(lm.network, data.longest())
+    with models.first_layers(lm.network, models.layers_to_measure(lm.network)) as few:
+        assert len(few) == 2
+        attention.choose_layout(lm, data)
+    assert type(data.layout) is PaddedRows
+
+
 @pytest.mark.parametrize("few_lengths", [False, True])
 def test_a_line_that_leaks_is_refused(few_lengths):
     """Full attention over the whole line, as under an all-ones mask (transformers PR 46634): `check` sees it on the whole model."""

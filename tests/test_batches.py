@@ -2,8 +2,7 @@
 
 import math
 import random
-from itertools import pairwise
-from types import SimpleNamespace
+from itertools import combinations, pairwise
 
 import hypothesis.strategies as st
 import pytest
@@ -29,10 +28,6 @@ def a_sequence(draw):
 
 
 SEQUENCES = st.lists(a_sequence(), min_size=1, max_size=9)
-
-
-def settings_of(epochs, max_steps=None):
-    return SimpleNamespace(epochs=epochs, max_steps=max_steps)
 
 
 def data_of(sequences, layout=PaddedRows, few_lengths=False, **how):
@@ -114,11 +109,11 @@ def test_rows_of_20_to_8000_tokens_make_some_twenty_lengths():
     rng = random.Random(0)
     lengths = [min(8000, max(20, int(rng.lognormvariate(6, 1)))) for _ in range(20_000)]
     data = of_lengths(lengths, Lines, True, max_tokens=8192)
-    assert len(data.shapes(data.training_batches())) <= 24
+    assert len(data.training_shapes()) <= 24
     batches = list(data.training_batches())
     true, filled = sum(data.batch(b).tokens for b in batches), sum(data.shape(b).length for b in batches)
     assert filled < 1.05 * true
-    assert len(data.shapes(data.evaluation_batches())) < 4
+    assert len(data.evaluation_shapes()) < 4
 
 
 def test_the_tail_of_a_line_is_many_short_rows():
@@ -130,12 +125,15 @@ def test_the_tail_of_a_line_is_many_short_rows():
     assert data.batch(data.train).row_starts.diff().tolist() == [19_999, 4, *[128] * 3, 93]
 
 
-@given(SEQUENCES, LAYOUTS, st.booleans(), st.integers(1, 12), st.randoms())
+@given(SEQUENCES, LAYOUTS, st.booleans(), st.integers(1, 12), st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
-def test_the_largest_batch_is_as_large_as_any(sequences, layout, few_lengths, batch_size, chance):
-    data = data_of(sequences, layout, few_lengths, max_tokens=64, batch_size=batch_size)
-    for batches in (data.training_batches, data.evaluation_batches):
-        largest, shapes = data.largest(batches()), data.shapes(batches())
+def test_the_largest_batch_is_as_large_as_any(sequences, layout, few_lengths, batch_size, epochs):
+    data = data_of(sequences, layout, few_lengths, max_tokens=64, batch_size=batch_size, epochs=epochs)
+    for batches, shapes in (
+        (data.training_batches, data.training_shapes()),
+        (data.evaluation_batches, data.evaluation_shapes()),
+    ):
+        largest = data.largest(shapes)
         assert [s.length for s in shapes] == sorted({data.shape(b).length for b in batches()}, reverse=True)
         assert largest.ids.numel() == max(s.rows * s.length for s in shapes)
         for sequences in batches():
@@ -144,20 +142,6 @@ def test_the_largest_batch_is_as_large_as_any(sequences, layout, few_lengths, ba
             assert all(x <= y for x, y in zip(shape, room, strict=True))
             assert shape.targets <= largest.shape.targets
             assert shape.row_starts <= largest.shape.row_starts
-    assert len(data.largest(data.training_batches(), 10**6).targets) == largest_tokens(data)
-
-
-def largest_tokens(data):
-    return max(s.rows * s.length for s in data.shapes(data.training_batches()))
-
-
-def test_no_epoch_has_more_targets_than_planned():
-    rng = random.Random(0)
-    rows = [Sequence.ending([1] * n, rng.randint(1, n - 1)) for n in rng.choices(range(5, 200), k=500)]
-    for layout in (PaddedRows, Lines):
-        data = data_of(rows, layout, True)
-        found = max(data.shape([rows[at] for at in b]).targets for k in range(1, 9) for b in data.training_order(k))
-        assert found <= data.most_targets()
 
 
 @pytest.mark.parametrize("layout", [PaddedRows, Lines])
@@ -231,21 +215,42 @@ def test_an_epoch_deals_each_row_once_and_is_seeded(lengths, layout, batch_size,
     data = of_lengths(lengths, layout, batch_size=batch_size, seed=seed)
     batches = data.training_order(epoch)
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
-    assert len(batches) == math.ceil(len(lengths) / batch_size) == data.planned_steps(settings_of(1))
+    assert len(batches) == math.ceil(len(lengths) / batch_size) == data.planned_steps()
     assert max(map(len, batches)) <= batch_size
     assert batches == data.training_order(epoch)
 
 
 @pytest.mark.parametrize("layout", [PaddedRows, Lines])
-def test_the_first_epoch_tells_all_lengths(layout):
-    """So that what graphs need is compiled before, and no epoch takes more memory, whatever their number."""
+def test_the_shapes_are_those_of_all_steps(layout):
+    """So that what graphs need is compiled before, and no epoch takes more memory than was planned."""
     rng = random.Random(0)
-    data = of_lengths([int(min(290, max(5, rng.lognormvariate(4, 1)))) for _ in range(700)], layout, True)
-    known = {shape.length for shape in data.shapes(data.training_batches())}
-    for epoch in range(2, 12):
-        found = {data.shape([data.train[at] for at in rows]).length for rows in data.training_order(epoch)}
-        assert found <= known
-        assert found == known or layout is PaddedRows
+    lengths = [int(min(290, max(5, rng.lognormvariate(4, 1)))) for _ in range(700)]
+    for max_steps in (None, 100):
+        data = of_lengths(lengths, layout, True, epochs=5, max_steps=max_steps)
+        order = [rows for epoch in range(1, 6) for rows in data.training_order(epoch)][:max_steps]
+        assert len(order) == data.planned_steps() == (max_steps or 5 * 88)
+        steps = [data.shape([data.train[at] for at in rows]) for rows in order]
+        shapes = {shape.length: shape for shape in data.training_shapes()}
+        assert {shape.length for shape in steps} == shapes.keys()
+        assert all(x <= y for shape in steps for x, y in zip(shape, shapes[shape.length], strict=True))
+    assert data.training_shapes() is data.training_shapes(), "they take a second for 100,000 rows"
+    data.layout.few_lengths = False
+    assert len(data.training_shapes()) > len(shapes)
+
+
+@pytest.mark.parametrize("layout", [PaddedRows, Lines])
+@pytest.mark.parametrize(("count", "batch_size", "most"), [(400, 4, 0.03), (500, 8, 0.03), (500, 2, 0.2)])
+def test_other_rows_meet_in_each_epoch(layout, count, batch_size, most):
+    """Also of few rows, no two of one length. Of two in a line the long ones need short ones.
+
+    By chance alone a pair meets again in 0.2 to 1.4 % of cases. With five seeds `Lines` had 1.6 % at most, 12 in twos.
+    """
+    rng = random.Random(0)
+    data = of_lengths(rng.sample(range(20, 4000), count), layout, batch_size=batch_size, max_tokens=4096)
+    first, second = (
+        {pair for batch in data.training_order(epoch) for pair in combinations(sorted(batch), 2)} for epoch in (1, 2)
+    )
+    assert len(first & second) < (most if layout is Lines else 0.4) * len(first)
 
 
 @pytest.mark.parametrize("layout", [PaddedRows, Lines])
@@ -279,17 +284,36 @@ def test_groups_are_balanced(sizes, count):
         assert not with_room or total - min((sizes[at] for at in group), default=0) <= min(with_room)
 
 
-@pytest.mark.parametrize("rows", [(20, 140), (30, 150), (20, 4000)])
-def test_shares_are_met(rows):
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 9), st.integers(0, 99), st.data())
+@settings(max_examples=80, deadline=None)
+def test_an_exchange_empties_no_group_and_fills_none(sizes, count, seed, data):
+    """Each index stays in one group, groups have as many as before, and none exceeds its room that did not, or by more."""
+    count = min(count, len(sizes))
+    groups = layouts.balanced(sizes, [math.ceil(len(sizes) / count)] * count)
+    before, most = [[*group] for group in groups], 2 * max(1, sum(sizes) // count)
+    rooms = [data.draw(st.integers(0, most)) for _ in groups]
+    layouts.exchange(groups, sizes, rooms, random.Random(seed))
+    assert sorted(at for group in groups for at in group) == list(range(len(sizes)))
+    assert list(map(len, groups)) == list(map(len, before))
+    for now, then, room in zip(groups, before, rooms, strict=True):
+        assert sum(sizes[at] for at in now) <= max(room, sum(sizes[at] for at in then))
+
+
+def test_groups_that_are_too_full_are_mended():
+    sizes = [9, 1, 5, 4, 3, 3]
+    groups = [[0, 2], [1, 3], [4, 5]]
+    layouts.exchange(groups, sizes, [10, 9, 6], random.Random(0))
+    assert groups == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(("length", "batch_size"), [((10, 30), 4), ((20, 40), 2), ((5, 15), 8)])
+def test_lines_shorter_than_a_tile_have_equally_many_tokens(length, batch_size):
     rng = random.Random(0)
-    sizes = [rng.randint(*rows) for _ in range(4096)]
-    mean = sum(sizes) / 4096
-    shares = [(1024, int(1024 * 1.3 * mean)), (3072, int(3072 * 0.9 * mean) + 1)]
-    groups = layouts.shared_out(sizes, shares)
-    assert sorted(at for group in groups for at in group) == list(range(4096))
-    for (most, room), group in zip(shares, groups, strict=True):
-        assert len(group) == most
-        assert sum(sizes[at] for at in group) == pytest.approx(room, rel=1e-3)
+    lengths = [rng.randint(*length) for _ in range(2000)]
+    data = of_lengths(lengths, Lines, True, batch_size=batch_size)
+    assert {shape.length for shape in data.training_shapes()} == {128}
+    sums = [sum(lengths[row] for row in batch) for batch in data.training_order(1)]
+    assert max(sums) - min(sums) < max(length)
 
 
 @pytest.mark.parametrize(
@@ -346,9 +370,9 @@ def test_an_evaluation_deals_each_sequence_once_in_batches_of_few_tokens(lengths
 
 
 def test_planned_steps_are_those_of_the_whole_run():
-    data = of_lengths([9] * 61, batch_size=4)
     for epochs, max_steps, steps in ((2, None, 32), (2, 20, 20), (2, 99, 32), (0, None, 0), (0, 5, 0)):
-        assert data.planned_steps(settings_of(epochs, max_steps)) == steps
+        data = of_lengths([9] * 61, batch_size=4, epochs=epochs, max_steps=max_steps)
+        assert data.planned_steps() == len(list(data.training_batches())) == steps
     assert of_lengths([9, 12, 4]).longest() == 11
 
 

@@ -7,7 +7,18 @@ import datetime
 from itertools import pairwise
 
 import pytest
-from support.chat_templates import CHATML, GEMMA, LLAMA, MISTRAL, PLAIN, QWEN, TAGGED, SlowTokenizer, chat_tokenizer
+from support.chat_templates import (
+    CHATML,
+    GEMMA,
+    LLAMA,
+    MISTRAL,
+    PHI,
+    PLAIN,
+    QWEN,
+    TAGGED,
+    SlowTokenizer,
+    chat_tokenizer,
+)
 from tokenizers import AddedToken, processors
 
 from lowmem.data import chat as chats
@@ -71,6 +82,7 @@ TRUTH = {
     "qwen": (QWEN, [[THOUGHT + "no, Hi there.<|im_end|>"], [THOUGHT + "Four 🙂 é.<|im_end|>"]]),
     "gemma": (GEMMA, [["no, Hi there.<|/turn|>", "Four 🙂 é.<|/turn|>"]]),
     "mistral": (MISTRAL, [[" no, Hi there.<eos>", " Four 🙂 é.<eos>"]]),
+    "phi": (PHI, [["no, Hi there.<|/turn|>", "Four 🙂 é.<|/turn|>"]]),
     "tagged": (TAGGED, [["no, Hi there.<|im_end|>", "Four 🙂 é.<|im_end|>"]]),
     "plain": (PLAIN, [[" no, Hi there.\n\n", " Four 🙂 é.\n\n"]]),
 }
@@ -103,13 +115,25 @@ def test_the_tokens_are_the_template_s_text_and_nothing_more():
 
 def test_what_is_trained_is_what_generation_would_have_to_say():
     """Of each turn: the tokens before its targets are those of the prompt that generation is given there."""
-    for template in (CHATML, LLAMA, QWEN, GEMMA, MISTRAL):
+    for template in (CHATML, LLAMA, QWEN, GEMMA, MISTRAL, PHI):
         tokenizer = chat_tokenizer(template)
         found = [(s.ids, start) for s in sequences(tokenizer, TWO_TURNS) for start, _ in s.spans]
         for (ids, start), k in zip(found, (1, 3), strict=True):
             with chats._today_is(DAY):
                 prompt = tokenizer.apply_chat_template(TWO_TURNS[:k], add_generation_prompt=True, return_dict=False)
             assert list(ids[:start]) == prompt
+
+
+def test_answers_that_share_a_token_train_it_once():
+    """Under tags and without anything between two answers."""
+    template = "{%- for m in messages %}{%- if m.role == 'assistant' %}{%- generation %}{{- m.content }}"
+    template += "{%- endgeneration %}{%- else %}{{- m.content }}{%- endif %}{%- endfor %}"
+    messages = [*say("What", "a m"), *say("", "an cuts")[1:]]
+    (sequence,) = sequences(chat_tokenizer(template), messages)
+    assert sequence.targets == sum(end - start for start, end in sequence.spans)
+    positions = [at for start, end in sequence.spans for at in range(start, end)]
+    assert positions == sorted({*positions})
+    assert decode(chat_tokenizer(template), sequence.ids[positions[0] : positions[-1] + 1]) == "a man cuts"
 
 
 def test_a_thought_is_trained_at_its_own_turn_and_gone_from_later_ones():

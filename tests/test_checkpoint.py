@@ -30,6 +30,7 @@ import common
 from lowmem.adafactor import Adafactor
 from lowmem.training import checkpoint, models, tokenizing
 from lowmem.training.errors import Interrupted, UserError
+from lowmem.training.layouts import Lines, PaddedRows
 
 
 def make_state(step, **more):
@@ -615,11 +616,13 @@ def test_other_content_behind_the_same_name_is_refused(name, resume, tmp_path):
         return checkpoint.fingerprints(lm, data)
 
     folder = step_folder(tmp_path / "lowmem")
-    checkpoint.require_same_inputs(args, folder, found())
+    checkpoint.require_same_inputs(args, folder, found(), Lines.NAME)
+    with pytest.raises(UserError, match="was started with rows end to end in one line, and this would be padded rows"):
+        checkpoint.require_same_inputs(args, folder, found(), PaddedRows.NAME)
     kind, change = OTHER_CONTENT[name]
     change(tmp_path / kind)
     with pytest.raises(UserError, match=f"--{kind} {tmp_path / kind} no longer holds what .*lowmem was started with"):
-        checkpoint.require_same_inputs(args, folder, found())
+        checkpoint.require_same_inputs(args, folder, found(), Lines.NAME)
 
 
 def test_all_of_the_frozen_weights_is_looked_at(monkeypatch):

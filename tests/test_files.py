@@ -59,6 +59,12 @@ def test_one_file_is_the_split_train(name, tmp_path):
     assert found(tmp_path / name) == ROWS
 
 
+def test_lines_of_json_may_have_a_column_named_data(tmp_path):
+    rows = [{"text": "a", "data": [1]}, {"text": "b", "data": []}]
+    (tmp_path / "t.json").write_bytes(as_jsonl(rows))
+    assert found(tmp_path / "t.json") == rows
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet"])
 @pytest.mark.parametrize("where", ["", "data"])
 def test_a_folder_has_a_file_or_parts_for_each_split(ending, where, tmp_path):

@@ -46,6 +46,8 @@ def arguments(dataset, train_rows=None, eval_rows=None, **more):
         "max_steps": None,
         "warmup_steps": 0,
         "seed": 0,
+        "max_length": None,
+        "train_on": "answers",
     } | more
     return SimpleNamespace(dataset=str(dataset), train_rows=train_rows, eval_rows=eval_rows, **settings)
 
@@ -232,8 +234,8 @@ def test_a_long_row_is_cut_on_the_left_and_said(words, capsys):
 def test_a_warm_up_longer_than_the_run_is_refused(dataset_folder):
     flags = {"batch_size": 4, "max_steps": 10, "warmup_steps": 10}
     with pytest.raises(UserError, match="--warmup_steps 10 is not less than the run's 10 steps: take fewer"):
-        common.load_hellaswag(arguments(dataset_folder, **flags), TOKENIZER, 128)
-    data = common.load_hellaswag(arguments(dataset_folder, **flags | {"epochs": 0}), TOKENIZER, 128)
+        common.load(arguments(dataset_folder, **flags), TOKENIZER, 128)
+    data = common.load(arguments(dataset_folder, **flags | {"epochs": 0}), TOKENIZER, 128)
     assert (data.train, len(data.rows), len(data.scored)) == ([], 16, 64)
 
 

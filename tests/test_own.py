@@ -416,6 +416,8 @@ def test_tokens_that_end_turns_and_do_not_stop_generation(tmp_path):
         assert facts.missing_stop_tokens(data, CHAT, known) == ["<|im_end|>"]
     for known in (end, [CHAT.eos_token_id, end]):
         assert facts.missing_stop_tokens(data, CHAT, known) == []
+    whole = load(tmp_path, train_on="all")  # which ends with a line break
+    assert facts.missing_stop_tokens(whole, CHAT, None) == ["<|im_end|>"]
 
 
 def test_marked():

@@ -21,7 +21,7 @@ from support.runs import SCRIPTS, assert_same_run, both_scripts, difference, lin
 from support.tiny import ARCHITECTURES, make_model, write_jsonl
 
 from lowmem import placement
-from lowmem.training import arguments, attention, command
+from lowmem.training import arguments, attention, command, memory
 from lowmem.training import weights as stored_weights
 from lowmem.training.errors import UserError
 
@@ -555,6 +555,16 @@ def test_a_dry_run_refuses_what_a_run_would(train, without_weights, tmp_path):
         file.write("{\n")
     with pytest.raises(UserError, match=r"train.jsonl, line 5, is not JSON"):
         train("finetune_base", "r", folder, "--dry_run", model=without_weights)
+
+
+@both_scripts
+def test_a_dry_run_shows_the_rows_before_it_says_that_memory_is_short(
+    script, train, without_weights, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(memory, "free_host_memory", lambda: 1)
+    with pytest.raises(UserError, match="of free host memory|are free"):
+        train(script, "r", write_folder(tmp_path / "rows", "messages"), "--dry_run", model=without_weights)
+    assert "⟦" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class Conversation:
 class Rendered:
     """The text of a conversation, or of its beginning, and where in it the turns (start, end) are, in characters.
 
-    whole_turns: whether all of a turn is trained, and not what follows its end-of-turn token.
+    whole_turns: whether turns are trained to their ends, and not to their end-of-turn token alone.
     """
 
     where: str
@@ -141,14 +141,24 @@ class Chats:
         self._require_calls(where, conversation, whole)
         if self.everything:
             return [Rendered(where, whole, [(0, len(whole))], whole_turns=True)]
-        turns = []
+        turns, closing = [], self._closing(where, conversation, whole)
+        whole = whole.removesuffix(closing)
         for k in conversation.turns():
             prompt = self.render(where, conversation, k, prompt=True)
-            until = whole if k + 1 == count else self.render(where, conversation, k + 1)
+            until = whole if k + 1 == count else self.render(where, conversation, k + 1).removesuffix(closing)
             if not (until.startswith(prompt) and whole.startswith(until)):
                 return list(self._by_turn(where, conversation))
             turns.append((len(prompt), len(until)))
         return [Rendered(where, whole, turns)]
+
+    def _closing(self, where, conversation, text):
+        """EOS where the template ends each text with it, and not each turn, as Phi's do; otherwise nothing."""
+        eos, turns = self.tokenizer.eos_token, conversation.turns()
+        if not (eos and turns and text.endswith(eos)):
+            return ""
+        asked, prompt = (self.render(where, conversation, turns[0], prompt) for prompt in (False, True))
+        closes = asked.endswith(eos) and not prompt.startswith(asked) and prompt.startswith(asked.removesuffix(eos))
+        return eos if closes else ""
 
     def _require_calls(self, where, conversation, text):
         """Refuse a conversation whose tool calls are not in its text: of a template that knows no tools."""
@@ -166,6 +176,7 @@ class Chats:
         for k in conversation.turns():
             prompt = self.render(where, conversation, k, prompt=True)
             until = self.render(where, conversation, k + 1)
+            until = until.removesuffix(self._closing(where, conversation, until))
             if not until.startswith(prompt):
                 raise UserError(
                     f"{where}: with the answer, message {k}, the chat template does not begin as it does without, so "

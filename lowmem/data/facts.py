@@ -1,9 +1,11 @@
 """What to know of data before it is trained: a row as the model sees it, tokens that the model has never seen."""
 
+import functools
 import re
 
 import torch
 
+from lowmem.data.tokens import special_tokens
 from lowmem.training.batches import Sequence
 from lowmem.training.data import Data
 
@@ -11,11 +13,6 @@ SMALL = 1 / 4  # of the median norm: the embedding of a token that was never tra
 SAME = 0.01  # of its norm: so near is the embedding of another one that was not trained either
 UNPRINTED = re.compile(r"[\\\x00-\x1f\x7f-\xa0\u2028-\u202e\u2066-\u2069]")  # what a terminal would act upon
 SAMPLE = 4096  # rows of an embedding matrix of which the median norm is taken
-
-
-def special_tokens(tokenizer) -> set[int]:
-    """The ids of the tokenizer's special and added tokens."""
-    return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
 
 
 def used_tokens(data: Data) -> set[int]:
@@ -45,12 +42,18 @@ def unseen_tokens(data: Data, tokenizer, embeddings: torch.Tensor) -> list[str]:
 
 
 def missing_stop_tokens(data: Data, tokenizer, stop_tokens: int | list[int] | None) -> list[str]:
-    """The special tokens that end what is trained, as a turn, and are not among the ids `stop_tokens`.
+    """The special tokens that end what is trained, as a turn, white space left aside, and are not among the ids
+    `stop_tokens`.
 
     stop_tokens: `eos_token_id` of the model's generation_config. Generation would run on behind such a token.
     """
     known = {stop_tokens} if isinstance(stop_tokens, int) else set(stop_tokens or ())
-    ends = {s.ids[end - 1] for s in (*data.train, *data.scored) for _, end in s.spans}
+    is_space = functools.cache(lambda token: tokenizer.decode([token]).isspace())
+    ends = set()
+    for s in (*data.train, *data.scored):
+        for start, end in s.spans:
+            said = range(end - 1, start - 1, -1)
+            ends.add(next((s.ids[at] for at in said if not is_space(s.ids[at])), s.ids[end - 1]))
     missing = sorted((ends & special_tokens(tokenizer)) - known)
     return tokenizer.convert_ids_to_tokens(missing)
 

@@ -149,12 +149,13 @@ def _checked(row, where):
 
 def _json_rows(file):
     """Of an array of objects, or an object with such an array as `data`; or of lines, as many .json files have them."""
-    first = next((line for _, line in _lines(file) if line.strip()), "")
+    lines = (line for _, line in _lines(file) if line.strip())
+    first, is_one_line = next(lines, ""), next(lines, None) is None
     try:
         alone = json.loads(first)
     except (ValueError, RecursionError):
         alone = None
-    if isinstance(alone, dict) and not isinstance(alone.get("data"), list):
+    if isinstance(alone, dict) and not (is_one_line and isinstance(alone.get("data"), list)):
         yield from _json_lines(file)
         return
     content = _parsed("".join(line for _, line in _lines(file)), str(file))

@@ -98,6 +98,8 @@ def load(args, tokenizer, max_tokens: int) -> OwnData:
         [s for row in scored for s in row.sequences],
         max_tokens,
         batch_size=args.batch_size,
+        epochs=args.epochs,
+        max_steps=args.max_steps,
         seed=args.seed,
         rows=[row.number for row in scored for _ in row.sequences],
         counts=dict(reader.counts),

@@ -58,6 +58,11 @@ class WithPrefixes(Encoded):
         return common, common < len(before)
 
 
+def special_tokens(tokenizer) -> frozenset[int]:
+    """The ids of the tokenizer's special and added tokens."""
+    return frozenset({*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids})
+
+
 class Encoder:
     """A tokenizer, asked for many texts at a time: a fast one uses all cores.
 
@@ -67,7 +72,7 @@ class Encoder:
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self.added = frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
+        self.added = special_tokens(tokenizer)
         self.behind = tokenizing.added_behind(tokenizer)
         self.has_offsets = tokenizer.is_fast and self._offsets_are_exact()
 
@@ -99,14 +104,20 @@ class Encoder:
         ]
 
     def sequence(self, ids: list[int], spans: list[tuple[int, int]], where: str) -> Sequence:
-        """The sequence of ids and the spans of its targets. Raises UserError if it begins with two BOS."""
+        """The sequence of ids and the spans of its targets, which may share a token. Raises UserError if it begins with
+        two BOS.
+        """
         if self.bos is not None and ids[:2] == [self.bos, self.bos]:
             raise UserError(
                 f"{where} begins with two {self.tokenizer.bos_token}: the text has one, and the chat template or the "
                 "tokenizer puts one before it: take the text's out"
             )
-        within = ((max(start, 1), end) for start, end in spans)
-        return Sequence(array("i", ids), tuple(span for span in within if span[0] < span[1]))
+        apart, last = [], 1
+        for start, end in spans:
+            if max(start, last) < end:
+                apart.append((max(start, last), end))
+                last = end
+        return Sequence(array("i", ids), tuple(apart))
 
 
 def check(text: str, where: str) -> str:

@@ -74,7 +74,7 @@ def parser(script: str, description: str, batch_size: int, lr: float, demo_lr: f
         help="HellaSwag, or rows of messages, of prompt and completion, of instruction and output, or of text: hub id; "
         "or folder written by save_to_disk; or folder with train and validation, test or eval as jsonl, jsonl.gz, "
         "json, csv or parquet, whole or in the hub's parts (train-00000-of-00001.parquet); or one file")  # fmt: skip
-    add("--train_rows", type=count, metavar="N", help="rows: train on the first N of the train split; None: all")
+    add("--train_rows", type=count, metavar="N", help="rows: read the first N of the train split; None: all")
     add("--eval_rows", type=count, metavar="N",
         help="rows: evaluate on the first N of the held-out split; None: all. Without such a split: on N of the train "
         "split, at most a tenth of it; None: 200")  # fmt: skip

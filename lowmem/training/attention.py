@@ -39,7 +39,8 @@ def attend_within_rows(
     """
     softcap, sinks = (others.get(name) is not None for name in ("softcap", "s_aux"))
     lacking = {"an attention mask": attention_mask is not None, "dropout in attention": dropout > 0}
-    lacking |= {"soft-capping in attention": softcap, "attention sinks": sinks, "no row starts": cu_seq_lens_q is None}
+    lacking |= {"soft-capping in attention": softcap, "attention sinks": sinks}
+    lacking |= {"attention that is not told where rows start": cu_seq_lens_q is None}
     if wanted := [what for what, asked in lacking.items() if asked]:
         raise NotImplementedError(wanted[0])
     attend = _attend_on_gpu if query.is_cuda else _attend_on_cpu
@@ -84,11 +85,11 @@ def choose_layout(lm: CausalLM, data: Data) -> None:
     if why_not:
         data.layout = padded
         lm.network.set_attn_implementation(before)
-    records.say("batches", f"padded rows: {why_not}" if why_not else "rows end to end in one line, without padding")
+    records.say("batches", f"{data.layout.NAME}: {why_not}" if why_not else f"{data.layout.NAME}, without padding")
 
 
 def _why_no_lines(lm, data):
-    """Why the model cannot take lines, or None; leaves both set to lines."""
+    """Why the model cannot take lines, or None; leaves data.layout and the model's attention set to them."""
     from transformers import AttentionInterface
 
     used, windows = set(), set()

@@ -78,15 +78,15 @@ class Batch:
     longest: int = 0
 
     @classmethod
-    def of(cls, ids: torch.Tensor, labels: torch.Tensor, tokens: int, **line) -> "Batch":
+    def of(cls, ids: torch.Tensor, labels: torch.Tensor, **line) -> "Batch":
         """The batch of ids and labels [rows, length] on the host, where finding the targets makes no device wait.
 
-        line: position_ids, row_starts and longest, of a line.
+        line: position_ids, row_starts and longest, of a line. What fills rows up counts as tokens.
         """
         indices = (labels.flatten() != IGNORE).nonzero().flatten()
         weights = torch.full((len(indices),), 1 / max(1, len(indices)))
         targets = labels.flatten()[indices]
-        return cls(ids, labels, indices, targets, weights, len(ids), tokens, len(indices), **line)
+        return cls(ids, labels, indices, targets, weights, len(ids), ids.numel(), len(indices), **line)
 
     @property
     def shape(self) -> Shape:
@@ -120,7 +120,9 @@ class Batch:
 
 
 def pad_batch(batch: Batch, shape: Shape) -> Batch:
-    """The batch filled up to `shape`, with rows of zeros, targets of weight 0, and in a line rows of no tokens."""
+    """The batch filled up to `shape`, whose length it has, with rows of zeros, targets of weight 0, and in a line rows
+    of no tokens.
+    """
     more = Shape(*(max(0, wanted - here) for wanted, here in zip(shape, batch.shape, strict=True)))
     starts = batch.row_starts
     return replace(

@@ -23,7 +23,7 @@ from lowmem.training.errors import UserError
 from lowmem.training.models import CausalLM
 
 REST_BYTES = 2**20  # beside tensors and metrics: names, sums, what the file system needs
-FORMAT = 6  # of a checkpoint; one of another format is refused
+FORMAT = 7  # of a checkpoint; one of another format is refused
 FILE_BYTES = 2**27  # of a checkpoint's file; two copies of it, from a GPU three, are in host memory while it is written
 HASHED_BYTES = 2**25  # in host memory at a time, of files and weights that are hashed
 SUMS = "SHA256SUMS"  # as the command sha256sum writes and checks
@@ -163,12 +163,17 @@ def read_state(folder: Path) -> dict:
     return state
 
 
-def require_same_inputs(args, folder: Path, found: dict[str, str]) -> None:
-    """Refuse to go on from a checkpoint with a model or data set whose `fingerprints` are not `found`.
-
-    Raises UserError.
+def require_same_inputs(args, folder: Path, found: dict[str, str], layout: str) -> None:
+    """Refuse to go on from a checkpoint with a model or data set whose `fingerprints` are not `found`, or another
+    `Layout.NAME`, which deals an epoch's rows otherwise. Raises UserError.
     """
-    before = source.read_json(folder / "state.json")["fingerprints"]
+    state = source.read_json(folder / "state.json")
+    if state["layout"] != layout:
+        raise UserError(
+            f"--resume: {folder.parents[1]} was started with {state['layout']}, and this would be {layout}: go on with "
+            "the same versions of PyTorch and transformers, or start again with another --run-name"
+        )
+    before = state["fingerprints"]
     if changed := [f"--{name} {getattr(args, name)}" for name in before if before[name] != found[name]]:
         raise UserError(
             f"--resume: {' and '.join(changed)} no longer holds what {folder.parents[1]} was started with: put that "

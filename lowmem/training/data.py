@@ -1,9 +1,9 @@
 """What a run trains on and is scored on, and the order in which it comes."""
 
-import heapq
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
+from itertools import chain, islice
 from typing import ClassVar
 
 import torch
@@ -29,7 +29,8 @@ class Data:
 
     train: [Sequence], empty where nothing is trained. scored: [Sequence], the held-out ones.
     max_tokens: most tokens that the model takes. batch_size: rows of a training batch, of all ranks together.
-    seed: of the training order. eval_tokens: about so many tokens are evaluated at a time, on each rank.
+    epochs, max_steps: how long is trained. seed: of the training order.
+    eval_tokens: about so many tokens are evaluated at a time, on each rank.
     counts: rows read, cut, left out, and why, for summary.json.
     """
 
@@ -38,6 +39,8 @@ class Data:
     max_tokens: int
     _: KW_ONLY
     batch_size: int = 8
+    epochs: int = 1
+    max_steps: int | None = None
     seed: int = 0
     eval_tokens: int = 1024
     counts: dict[str, int] = field(default_factory=dict)
@@ -46,6 +49,7 @@ class Data:
 
     def __post_init__(self):
         self.layout = PaddedRows(self.longest(), self.max_tokens)
+        self._training_shapes = {}
 
     def batch(self, sequences: list[Sequence]) -> Batch:
         """This rank's part of the batch of the sequences: of one shape on all ranks, its counts those of all.
@@ -73,21 +77,22 @@ class Data:
             found[shape.length] = shape.with_room_for(found.get(shape.length, shape))
         return [found[length] for length in sorted(found, reverse=True)]
 
-    def largest(self, batches: Iterable[list[Sequence]], most_targets: int = 0) -> Batch:
-        """A batch of zeros with as many tokens, targets and rows in a line as any of such batches.
+    def training_shapes(self) -> list[Shape]:
+        """`shapes` of all training batches."""
+        case = (type(self.layout), self.layout.few_lengths, parallel.world_size())
+        if case not in self._training_shapes:  # an epoch of 100,000 rows takes a second
+            self._training_shapes[case] = self.shapes(self.training_batches())
+        return self._training_shapes[case]
 
-        most_targets: so many targets at least, as far as it has tokens.
-        """
-        shapes = self.shapes(batches)
+    def evaluation_shapes(self) -> list[Shape]:
+        """`shapes` of an evaluation's batches."""
+        return self.shapes(self.evaluation_batches())
+
+    def largest(self, shapes: list[Shape]) -> Batch:
+        """A batch of zeros with as many tokens, targets and rows in a line as any of the shapes."""
         most = max(shapes, key=lambda shape: shape.rows * shape.length)
-        targets = max(most_targets, *(shape.targets for shape in shapes))
-        starts = max(shape.row_starts for shape in shapes)
-        return self.layout.blank(most._replace(targets=min(targets, most.rows * most.length), row_starts=starts))
-
-    def most_targets(self) -> int:
-        """Targets that a rank's part of a training batch may have: in later epochs other rows meet."""
-        rows = ceil_div(self.batch_size, parallel.world_size())
-        return sum(heapq.nlargest(rows, (s.targets for s in self.train)))
+        targets, starts = (max(getattr(shape, what) for shape in shapes) for what in ("targets", "row_starts"))
+        return self.layout.blank(most._replace(targets=targets, row_starts=starts))
 
     def small(self) -> Batch:
         """Two rows of at most 32 tokens, the same on all ranks, for the start-up checks."""
@@ -97,37 +102,33 @@ class Data:
         return self.layout.batch(rows, self.layout.shape([[s.tokens for s in rows]], targets=0))
 
     def training_order(self, epoch: int) -> list[list[int]]:
-        """The epoch's batches as lists of indices: shuffled, then put together as the layout says."""
+        """The epoch's batches as lists of indices: rows shuffled, put together as the layout says, batches shuffled."""
         order = list(range(len(self.train)))
         rng = random.Random(f"{self.seed} {epoch}")
         rng.shuffle(order)
-        batches, rows = [], self.layout.window(len(order), self.batch_size)
-        for start in range(0, len(order), rows):
-            window = order[start : start + rows]
-            dealt = self.layout.deal([self.train[at].tokens for at in window], self.batch_size)
-            rng.shuffle(dealt)
-            batches += [[window[k] for k in rows] for rows in dealt]
-        return batches
+        batches = self.layout.deal([self.train[at].tokens for at in order], self.batch_size, rng) if order else []
+        rng.shuffle(batches)
+        return [[order[k] for k in batch] for batch in batches]
 
     def evaluation_order(self) -> list[list[int]]:
         """The batches of an evaluation as lists of indices of `scored`."""
         return self.layout.deal_all([s.tokens for s in self.scored], self.eval_tokens * parallel.world_size())
 
     def training_batches(self) -> Iterator[list[Sequence]]:
-        """Yield the sequences of batches of each length that training has: the first epoch's, and others made up."""
-        for rows in self.training_order(1):
+        """Yield the sequences of each training batch, of all epochs."""
+        order = chain.from_iterable(self.training_order(epoch) for epoch in range(1, self.epochs + 1))
+        for rows in islice(order, self.max_steps):
             yield [self.train[at] for at in rows]
-        yield from self.layout.made_up(self.train, min(self.batch_size, len(self.train)))
 
     def evaluation_batches(self) -> Iterator[list[Sequence]]:
         """Yield the sequences of each batch of an evaluation."""
         for rows in self.evaluation_order():
             yield [self.scored[at] for at in rows]
 
-    def planned_steps(self, args) -> int:
+    def planned_steps(self) -> int:
         """Steps of a whole run. A resumed one counts what is done too, and so makes the same choices again."""
-        steps = args.epochs * ceil_div(len(self.train), self.batch_size)
-        return min(steps, args.max_steps or steps)
+        steps = self.epochs * ceil_div(len(self.train), self.batch_size)
+        return min(steps, self.max_steps or steps)
 
     def score(self, log_likelihoods: torch.Tensor, right: torch.Tensor) -> Scores:
         """The scores: of each scored sequence its targets' log-probabilities, fp64 [n], and how many are predicted

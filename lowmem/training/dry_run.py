@@ -35,8 +35,8 @@ def say_peak(
 
 
 def predicted_peak(lm, data, device, training_loss, make_optimizer) -> int:
-    """Bytes of the GPU in use at the peak: two steps of the largest batch with the first layers only are measured, and
-    what the others hold is added.
+    """Bytes of the GPU in use at the peak: two steps of the largest batch with the first layers only are measured, or
+    evaluations where nothing is trained, and what the others hold is added.
     """
     count = models.layers_to_measure(lm.network)
     with models.first_layers(lm.network, count), refuse_what_fails(lm.network):
@@ -45,20 +45,22 @@ def predicted_peak(lm, data, device, training_loss, make_optimizer) -> int:
         models.checkpoint_activations(lm.network)
         few = [p for p in lm.trained.values() if p.is_cuda]
         optimizer = make_optimizer(few)
-        batch = data.largest(data.evaluation_batches())
-        if data.train:
-            batch = data.largest(data.training_batches(), data.most_targets())
-        batch = batch.to(device)
+        batch = data.largest(data.training_shapes() or data.evaluation_shapes()).to(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):  # the first time kernels are loaded too
+            if not data.train:
+                with torch.no_grad():
+                    lm.score_targets(batch)
+                continue
             training_loss(lm, batch).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         free, total = torch.cuda.mem_get_info()
         peak = total - free - torch.cuda.memory_reserved() + torch.cuda.max_memory_reserved()
         state = [x for values in optimizer.state.values() for x in values.values() if torch.is_tensor(x)]
-        held = (memory.size_in_bytes(state) + 2 * memory.size_in_bytes(few)) / sum(p.numel() for p in few)
+        copies = 2 if data.train else 1  # weights and gradients
+        held = (memory.size_in_bytes(state) + copies * memory.size_in_bytes(few)) / sum(p.numel() for p in few)
     others = list(lm.layers)[count:]
     width = lm.network.config.get_text_config().hidden_size * next(iter(few)).itemsize
     peak += held * sum(p.numel() for layer in others for p in layer.parameters())

@@ -1,9 +1,11 @@
 """How rows make a batch: end to end in one line, or padded to one length."""
 
 import heapq
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import ClassVar
 
 import torch
 
@@ -14,6 +16,9 @@ from lowmem.training.parallel import ceil_div
 TILE_TOKENS = 128  # that a GPU's kernels take at a time
 TAIL_TOKENS = 128  # at most, of a row that only fills a line up: attention within it costs next to nothing
 ROWS_PER_SPARE_TOKEN = 2  # of a line: rows seldom fill it to the last
+SIZE_NOISE = 0.3  # part of a row's length: dealt by length alone, the same rows would meet in each epoch
+EXCHANGE_TRIES = 1000
+PADDED_WINDOW = 64  # batches whose rows are sorted by length together
 
 
 def step_of(length: int, parts: int, least: int) -> int:
@@ -21,13 +26,18 @@ def step_of(length: int, parts: int, least: int) -> int:
     return max(least, 2 ** (length.bit_length() - 1) // parts)
 
 
-def balanced(sizes: list[int], most: list[int]) -> list[list[int]]:
+def balanced(
+    sizes: list[int], most: list[int], rooms: list[int] | None = None, order: Iterable[int] | None = None
+) -> list[list[int]]:
     """Indices of `sizes` in groups, of at most so many as `most` says for each, whose sums are about alike.
 
-    The largest first, each to the group with the least so far (Graham 1969).
+    The largest first, or in the `order` given, each to the group with the least so far (Graham 1969).
+    rooms: the sums that the groups shall have, where those differ.
     """
-    groups, heap = [[] for _ in most], [(0, k) for k, room in enumerate(most) if room]
-    for at in sorted(range(len(sizes)), key=lambda at: -sizes[at]):
+    groups = [[] for _ in most]
+    heap = [(-room, k) for k, room in enumerate(rooms or [0] * len(most)) if most[k]]
+    heapq.heapify(heap)
+    for at in sorted(range(len(sizes)), key=lambda at: -sizes[at]) if order is None else order:
         total, k = heapq.heappop(heap)
         groups[k].append(at)
         if len(groups[k]) < most[k]:
@@ -35,17 +45,22 @@ def balanced(sizes: list[int], most: list[int]) -> list[list[int]]:
     return groups
 
 
-def shared_out(sizes: list[int], shares: list[tuple[int, int]]) -> list[list[int]]:
-    """Indices of `sizes` in a group for each of the shares (most indices, sum), which together have room for all.
+def exchange(groups: list[list[int]], sizes: list[int], rooms: list[int], rng: random.Random) -> None:
+    """Let groups of indices of `sizes` whose sums exceed their rooms exchange indices with others that have room.
 
-    The largest first, each to the group with most room left for each that it may still take.
+    `rng` draws what is tried, EXCHANGE_TRIES times for each such group, those that exceed least first.
     """
-    groups, left = [[] for _ in shares], [list(share) for share in shares]
-    for at in sorted(range(len(sizes)), key=lambda at: -sizes[at]):
-        k = max((k for k, (most, _) in enumerate(left) if most), key=lambda k: left[k][1] / left[k][0])
-        groups[k].append(at)
-        left[k] = [left[k][0] - 1, left[k][1] - sizes[at]]
-    return groups
+    left = [room - sum(sizes[at] for at in group) for group, room in zip(groups, rooms, strict=True)]
+    for k in sorted((k for k in range(len(groups)) if left[k] < 0), key=lambda k: -left[k]):
+        for _ in range(EXCHANGE_TRIES):
+            other = rng.randrange(len(groups))
+            mine, theirs = rng.randrange(len(groups[k])), rng.randrange(len(groups[other]))
+            less = sizes[groups[k][mine]] - sizes[groups[other][theirs]]
+            if 0 < less <= left[other]:
+                groups[k][mine], groups[other][theirs] = groups[other][theirs], groups[k][mine]
+                left[k], left[other] = left[k] + less, left[other] - less
+            if left[k] >= 0:
+                break
 
 
 @dataclass
@@ -58,6 +73,8 @@ class Layout:
     longest: int
     max_tokens: int
     few_lengths: bool = False
+
+    NAME: ClassVar[str]  # what the reader is told
 
     def length(self, tokens: list[int]) -> int:
         """Length of the batch of rows of so many tokens each."""
@@ -75,25 +92,22 @@ class Layout:
         """A batch of zeros with these sizes."""
         raise NotImplementedError
 
-    def window(self, rows: int, batch_size: int) -> int:
-        """How many of an epoch's shuffled rows are dealt into batches together."""
-        raise NotImplementedError
+    def deal(self, tokens: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:
+        """Indices of an epoch's shuffled rows of so many tokens each, in batches, of which each is full but for one.
 
-    def deal(self, tokens: list[int], batch_size: int) -> list[list[int]]:
-        """Indices of rows of so many tokens each, in batches; the same ones with graphs and without, on any ranks."""
+        The same ones with graphs and without, on any ranks: a run may go on otherwise.
+        """
         raise NotImplementedError
 
     def deal_all(self, tokens: list[int], most: int) -> list[list[int]]:
         """Indices of rows of so many tokens each, in batches of about `most` tokens, or as many as the longest row."""
         raise NotImplementedError
 
-    def made_up(self, train: list[Sequence], rows: int) -> Iterator[list[Sequence]]:
-        """Yield a batch of `rows` rows of each length that chance may make in other epochs than the first."""
-        raise NotImplementedError
-
 
 class PaddedRows(Layout):
     """Rows right-padded with zeros to one length, [rows, length]; causality hides the padding."""
+
+    NAME = "padded rows"
 
     def length(self, tokens: list[int]) -> int:
         """As `Layout.length` says."""
@@ -111,20 +125,21 @@ class PaddedRows(Layout):
         labels = torch.full_like(ids, IGNORE)
         for row, s in enumerate(sequences):
             _write(s, ids[row], labels[row])
-        return Batch.of(ids, labels, ids.numel())
+        return Batch.of(ids, labels)
 
     def blank(self, shape: Shape) -> Batch:
         """As `Layout.blank` says."""
         ids = torch.zeros(shape.rows, shape.length, dtype=torch.int64)
-        return Batch.of(ids, _labels_of_zeros(ids, shape.targets), ids.numel())
+        return Batch.of(ids, _labels_of_zeros(ids, shape.targets))
 
-    def window(self, rows: int, batch_size: int) -> int:
-        """Not all: or length alone would say which rows meet."""
-        return 64 * batch_size
-
-    def deal(self, tokens: list[int], batch_size: int) -> list[list[int]]:
-        """Like lengths together."""
-        order = sorted(range(len(tokens)), key=lambda at: tokens[at])
+    def deal(self, tokens: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:
+        """Like lengths together, within windows: of all rows, length alone would say which meet."""
+        window = batch_size * max(1, min(PADDED_WINDOW, len(tokens) // (4 * batch_size)))
+        order = [
+            at
+            for start in range(0, len(tokens), window)
+            for at in sorted(range(start, min(start + window, len(tokens))), key=lambda at: tokens[at])
+        ]
         return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
     def deal_all(self, tokens: list[int], most: int) -> list[list[int]]:
@@ -136,17 +151,14 @@ class PaddedRows(Layout):
             order = order[count:]
         return batches
 
-    def made_up(self, train: list[Sequence], rows: int) -> Iterator[list[Sequence]]:
-        """As `Layout.made_up` says."""
-        of_length = {self.length([s.tokens]): s for s in train}
-        return ([s] * rows for s in of_length.values())
-
 
 class Lines(Layout):
     """Rows end to end in one line, [1, length], with attention within each row: no padding.
 
     Where lengths must be few, rows of TAIL_TOKENS tokens at most fill the line up.
     """
+
+    NAME = "rows end to end in one line"
 
     def length(self, tokens: list[int]) -> int:
         """As `Layout.length` says."""
@@ -189,48 +201,35 @@ class Lines(Layout):
         # one for all batches of a length, as their graph needs it
         longest = min(ids.numel(), ceil_div(self.longest, TILE_TOKENS) * TILE_TOKENS)
         row_starts = torch.tensor(starts, dtype=torch.int32)
-        return Batch.of(ids, labels, ids.numel(), position_ids=position_ids, row_starts=row_starts, longest=longest)
+        return Batch.of(ids, labels, position_ids=position_ids, row_starts=row_starts, longest=longest)
 
-    def window(self, rows: int, batch_size: int) -> int:
-        """All: so batches meet the mean."""
-        return max(1, rows)
-
-    def deal(self, tokens: list[int], batch_size: int) -> list[list[int]]:
-        """Each with about the tokens of one of two lengths, those of few between which the mean is.
-
-        Also where lengths need not be few, and whatever the ranks: a run may go on without graphs, or on others.
-        """
+    def deal(self, tokens: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:
+        """Each with the tokens of one of two lengths at most, as far as rows allow: those between which the mean is."""
         count = ceil_div(len(tokens), batch_size)
         mean = ceil_div(sum(tokens), count) + ceil_div(batch_size, ROWS_PER_SPARE_TOKEN)
         step = step_of(mean, 16, least=TILE_TOKENS)
-        short, longer = mean // step * step, ceil_div(mean % step * count, step)
-        kinds = [(n, n * length) for n, length in ((longer, short + step), (count - longer, short)) if n]
-        dealt = shared_out(tokens, [(n * batch_size, room) for n, room in kinds])
-        batches = []
-        for (n, _), rows in zip(kinds, dealt, strict=True):
-            batches += _alike([tokens[at] for at in rows], rows, n, batch_size)
-        return batches
+        short = mean // step * step
+        longer = ceil_div((mean - short) * count, step) if short else count
+        rooms = [short + step] * longer + [short] * (count - longer)
+        noise = [rng.uniform(1 - SIZE_NOISE, 1 + SIZE_NOISE) for _ in tokens]
+        about_largest_first = sorted(range(len(tokens)), key=lambda at: -tokens[at] * noise[at])
+        batches = balanced(tokens, [batch_size] * count, rooms, about_largest_first)
+        exchange(batches, tokens, rooms, rng)
+        return [_for_ranks(batch, tokens) for batch in batches]
 
     def deal_all(self, tokens: list[int], most: int) -> list[list[int]]:
         """As `Layout.deal_all` says."""
         if not tokens:
             return []
         count = ceil_div(sum(tokens), max(most, *tokens))
-        return _alike(tokens, range(len(tokens)), count, len(tokens))
-
-    def made_up(self, train: list[Sequence], rows: int) -> Iterator[list[Sequence]]:
-        """None: which lengths there are depends on those of the rows alone."""
-        return iter(())
+        return [_for_ranks(batch, tokens) for batch in balanced(tokens, [len(tokens)] * count)]
 
 
-def _alike(tokens, rows, count, most):
-    """The rows in `count` batches of about equally many tokens, in such order that each rank is dealt alike many."""
-    ranks, batches = parallel.world_size(), []
-    for batch in balanced(tokens, [most] * count):
-        # as many for each rank as `parallel.deal_to_ranks` deals
-        parts = balanced([tokens[k] for k in batch], [len(range(rank, len(batch), ranks)) for rank in range(ranks)])
-        batches.append([rows[batch[part[k]]] for k in range(len(parts[0])) for part in parts if k < len(part)])
-    return batches
+def _for_ranks(batch, tokens):
+    """The batch's indices of `tokens` in such order that `parallel.deal_to_ranks` gives each rank about alike many."""
+    ranks = parallel.world_size()
+    parts = balanced([tokens[at] for at in batch], [len(range(rank, len(batch), ranks)) for rank in range(ranks)])
+    return [batch[part[k]] for k in range(len(parts[0])) for part in parts if k < len(part)]
 
 
 def _write(sequence, ids, labels):

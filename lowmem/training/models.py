@@ -170,9 +170,12 @@ def first_layers(network: torch.nn.Module, count: int) -> Iterator[torch.nn.Modu
 
 
 def windows_below(network: torch.nn.Module, longest: int) -> set[int]:
-    """The windows of attention, in tokens, of the model's layers, that are smaller than `longest`."""
+    """The windows of attention, in tokens, of the model's layers, that are smaller than `longest`.
+
+    Also those of layers that are not there now (`first_layers`).
+    """
     config = network.config.get_text_config()
-    kinds = (getattr(config, "layer_types", None) or ["sliding_attention"])[: len(decoder_layers(network))]
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
     windows = {getattr(config, "sliding_window", None)} if "sliding_attention" in kinds else set()
     windows |= {getattr(config, "attention_chunk_size", None)}
     return {window for window in windows if window is not None and window < longest}

@@ -83,7 +83,7 @@ class Run:
             self.gradients = ("largest gradient", max(memory.size_in_bytes([p]) for p in lm.trained.values()))
         self.device = lm.device
         self.memory = memory.Memory(self.device)
-        self.steps = data.planned_steps(args)
+        self.steps = data.planned_steps()
         self.dir = Path(args.output_dir) / args.run_name
         self.progress = {
             "epoch": 1, "batch": 0, "step": 0, "rows": 0, "tokens": 0, "target_tokens": 0, "train_seconds": 0.0,
@@ -106,7 +106,7 @@ class Run:
         records.say("tokens", self.data.describe_tokens())
         records.say("steps", f"{self.steps:,}")
         parallel.reshard(self.lm.network)  # after the start-up checks
-        self.state = {"args": vars(args)}
+        self.state = {"args": vars(args), "layout": self.data.layout.NAME}
         if parallel.rank() == 0:
             self.state["fingerprints"] = checkpoint.fingerprints(self.lm, self.data)
             self._claim_folder(opened)
@@ -155,7 +155,7 @@ class Run:
             saved_model.check_settings(args.model, network.config, self.tokenizer, self.origin)
         found = checkpoint.last(self.dir) if args.resume else None
         if found:
-            checkpoint.require_same_inputs(args, found, self.state["fingerprints"])
+            checkpoint.require_same_inputs(args, found, self.state["fingerprints"], self.data.layout.NAME)
         size = 0 if args.no_save_model else self._model_bytes()
         if args.epochs:  # an old checkpoint stays until the new one is whole
             size += (1 if found else 2) * checkpoint.bytes_needed(self.lm.trained, self.optimizer)

@@ -88,6 +88,13 @@ MISTRAL = """\
     {%- endif %}
 {%- endfor %}"""
 
+# EOS ends a text in which nothing is asked, whoever spoke last
+PHI = """\
+{%- for message in messages %}
+    {{- '<|turn|>' + message.role + '\n' + message.content + '<|/turn|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|turn|>assistant\n' }}{%- else %}{{- eos_token }}{%- endif %}"""
+
 # Says itself what is trained: of the assistant's turns, but not of a tool call
 TAGGED = """\
 {%- for message in messages %}
