@@ -306,7 +306,9 @@ def test_own_rows_train_within_a_budget_and_with_cut(run_wide, own_rows):
 def test_a_dry_run_of_the_baseline_predicts_its_peak(epochs, run_wide, gpu_commands, tmp_path, dataset_folder):
     """Layers beyond the measured ones are counted."""
     flags = ["--model", tmp_path / "llama", "--dataset", dataset_folder, "--batch_size", 4, "--epochs", epochs]
-    code, out, err = gpu_commands.run("finetune_base", "--run-name", "dry", "--output_dir", tmp_path, "--dry_run", *flags)
+    code, out, err = gpu_commands.run(
+        "finetune_base", "--run-name", "dry", "--output_dir", tmp_path, "--dry_run", *flags
+    )
     assert code == 0, err[-3000:]
     summary, _ = run_wide("real", "--epochs", epochs, script="finetune_base")
     assert peak(summary) == pytest.approx(predicted_peak(out), rel=0.15)

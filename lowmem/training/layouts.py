@@ -17,7 +17,7 @@ TILE_TOKENS = 128  # that a GPU's kernels take at a time
 TAIL_TOKENS = 128  # at most, of a row that only fills a line up: attention within it costs next to nothing
 ROWS_PER_SPARE_TOKEN = 2  # of a line: rows seldom fill it to the last
 SIZE_NOISE = 0.3  # part of a row's length: dealt by length alone, the same rows would meet in each epoch
-EXCHANGE_TRIES = 1000
+EXCHANGE_TRIES = 1000  # with 100, one of HellaSwag's 3,009 lines was too full, and a graph of its own
 PADDED_WINDOW = 64  # batches whose rows are sorted by length together
 
 
@@ -93,7 +93,7 @@ class Layout:
         raise NotImplementedError
 
     def deal(self, tokens: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:
-        """Indices of an epoch's shuffled rows of so many tokens each, in batches, of which each is full but for one.
+        """Indices of an epoch's shuffled rows of so many tokens each, in as few batches of `batch_size` as there can be.
 
         The same ones with graphs and without, on any ranks: a run may go on otherwise.
         """
