@@ -93,7 +93,7 @@ class Layout:
         raise NotImplementedError
 
     def deal(self, tokens: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:
-        """Indices of an epoch's shuffled rows of so many tokens each, in as few batches of `batch_size` as there can be.
+        """Indices of an epoch's shuffled rows of so many tokens each, in the fewest batches of `batch_size` at most.
 
         The same ones with graphs and without, on any ranks: a run may go on otherwise.
         """
