@@ -25,6 +25,9 @@ from lowmem.training.errors import UserError
 # The update of sharded tensors
 
 
+FP32_APART = 5e-6  # of a weight's norm, by sums in another order; seen: 3e-7 to 1.2e-6; 10 steps of Adam move 1e-2
+
+
 @pytest.fixture
 def as_ranks(monkeypatch):
     """as_ranks(count, work) -> [work() for each rank], in threads of which one runs at a time.
@@ -241,7 +244,7 @@ def test_the_baseline_is_that_of_one_process(architecture, optimizer, trained, r
     """To fp32's error, over 10 steps, an uneven last batch of 4 rows and an epoch's end among them."""
     flags = ["--max_steps", 10, "--optimizer", optimizer, "--trained", trained]
     one, two = (run_ranks(n, "finetune_base", f"{n}", *flags, architecture=architecture) for n in (1, 2))
-    assert difference(one, two) < 1e-6  # seen: 3e-7; 10 steps of Adam move 1e-2
+    assert difference(one, two) < FP32_APART
     for a, b in zip(lines(one / "metrics.jsonl"), lines(two / "metrics.jsonl"), strict=True):
         assert a.keys() == b.keys()
         if "train_loss" in a:
@@ -312,7 +315,7 @@ def test_weights_of_another_type_are_converted_as_they_are_dealt_out(run_ranks, 
     tokenizer.save_pretrained(folder)
     one, two = (run_ranks(n, "finetune_base", f"{n}", "--max_steps", 2, "--model", folder) for n in (1, 2))
     assert (log_likelihoods(one, 0) - log_likelihoods(two, 0)).abs().max() < 1e-4
-    assert difference(one, two) < 1e-6
+    assert difference(one, two) < FP32_APART
 
 
 @pytest.mark.slow
@@ -321,7 +324,7 @@ def test_more_ranks_than_rows(script, run_ranks):
     flags = ["--batch_size", 1, "--train_rows", 3, "--epochs", 1, "--eval_rows", 1]
     flags += ["--nostround"] if script == "finetune_lowmem" else []
     one, three = (run_ranks(n, script, f"{n}", *flags) for n in (1, 3))
-    assert difference(one, three) < (1e-6 if script == "finetune_base" else 5e-3)
+    assert difference(one, three) < (FP32_APART if script == "finetune_base" else 5e-3)
     assert (log_likelihoods(one, 0) - log_likelihoods(three, 0)).abs().max() < 1e-4
 
 
@@ -357,7 +360,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(script, before, after
     if before == after:
         assert_same_run(straight, parts)
     else:
-        assert difference(straight, parts) < (1e-6 if script == "finetune_base" else 2e-2)
+        assert difference(straight, parts) < (FP32_APART if script == "finetune_base" else 2e-2)
         assert [line["step"] for line in timeless(straight)] == [line["step"] for line in timeless(parts)]
 
 
@@ -369,7 +372,7 @@ def test_experts_go_on_with_another_number_of_ranks(before, after, run_ranks):
     straight = run_ranks(after, "finetune_base", "straight", *flags, "--max_steps", 4, **how)
     run_ranks(before, "finetune_base", "parts", *flags, "--max_steps", 2, **how)
     parts = run_ranks(after, "finetune_base", "parts", *flags, "--max_steps", 4, "--resume", **how)
-    assert difference(straight, parts) < 1e-6
+    assert difference(straight, parts) < FP32_APART
 
 
 @pytest.mark.slow

@@ -265,6 +265,28 @@ def harness():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Own data
+
+
+@block
+def questions_and_answers():
+    """Held-out NLL a token over each script's rates, and over seeds at its best one."""
+    runs, rows = [json.loads(line) for line in (RESULTS / "own-data-cpu.jsonl").read_text().splitlines()], []
+    for method in dict.fromkeys(run["method"] for run in runs):
+        of_rate = {}
+        for run in sorted((run for run in runs if run["method"] == method), key=lambda run: (run["lr"], run["seed"])):
+            of_rate.setdefault(run["lr"], []).append(run["eval"][-1]["nll"])
+        after = min(of_rate.values(), key=lambda found: found[0])
+        before = next(run["eval"][0]["nll"] for run in runs if run["method"] == method)
+        grid = ", ".join(f"{accuracy.as_text(rate)}: {found[0]:.3f}" for rate, found in of_rate.items())
+        rows.append([method, f"{before:.3f}", grid, f"{mean(after):.3f}", f"{stdev(after):.3f}"])
+    of_each, how_many = "after one epoch, by `--lr`, one seed", f"at the best, mean of {len(after)} seeds"
+    commit, versions = runs[0]["commit"][:7], runs[0]["versions"]
+    where = f"{versions['device']}, torch {versions['torch']}, commit {commit}: `tests/benchmarks/results/own-data-cpu.jsonl`."
+    return [*table(["", "before", of_each, how_many, "standard deviation"], rows), "", where]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Several GPUs
 
 
