@@ -233,6 +233,8 @@ def test_the_shapes_are_those_of_all_steps(layout):
         shapes = {shape.length: shape for shape in data.training_shapes()}
         assert {shape.length for shape in steps} == shapes.keys()
         assert all(x <= y for shape in steps for x, y in zip(shape, shapes[shape.length], strict=True))
+    endless = of_lengths(lengths, layout, True, epochs=10**9)
+    assert len(list(endless.training_batches())) == 88 * (20_000 // 88)
     assert data.training_shapes() is data.training_shapes(), "they take a second for 100,000 rows"
     data.layout.few_lengths = False
     assert len(data.training_shapes()) > len(shapes)

@@ -13,6 +13,8 @@ from lowmem.training.batches import Batch, Sequence, Shape, pad_batch
 from lowmem.training.layouts import PaddedRows
 from lowmem.training.parallel import ceil_div
 
+STEPS_LOOKED_AT = 20_000  # of a run, before it begins: 2 s
+
 
 @dataclass
 class Scores:
@@ -78,7 +80,7 @@ class Data:
         return [found[length] for length in sorted(found, reverse=True)]
 
     def training_shapes(self) -> list[Shape]:
-        """`shapes` of all training batches."""
+        """`shapes` of the training batches."""
         case = (type(self.layout), self.layout.few_lengths, parallel.world_size())
         if case not in self._training_shapes:  # an epoch of 100,000 rows takes a second
             self._training_shapes[case] = self.shapes(self.training_batches())
@@ -115,8 +117,12 @@ class Data:
         return self.layout.deal_all([s.tokens for s in self.scored], self.eval_tokens * parallel.world_size())
 
     def training_batches(self) -> Iterator[list[Sequence]]:
-        """Yield the sequences of each training batch, of all epochs."""
-        order = chain.from_iterable(self.training_order(epoch) for epoch in range(1, self.epochs + 1))
+        """Yield the sequences of each training batch; of a long run those of its first epochs, three at least, which
+        tell what may come.
+        """
+        steps = max(1, ceil_div(len(self.train), self.batch_size))
+        epochs = range(1, 1 + min(self.epochs, max(3, STEPS_LOOKED_AT // steps)))
+        order = chain.from_iterable(map(self.training_order, epochs))
         for rows in islice(order, self.max_steps):
             yield [self.train[at] for at in rows]
 
