@@ -626,7 +626,8 @@ def after_step(run, *args):
         gc.collect()
         batch = vars(run.batch)  # of another length each time, and so is what autograd still holds of its embeddings
         tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and all(x is not y for y in batch.values())]
-        tensors = [x for x in tensors if batch["ids"].shape[1] not in x.shape[:2]]
+        length = batch["ids"].shape[1]
+        tensors = [x for x in tensors if x.shape[:2] != (1, length) and x.shape != (length,)]
         seen.append([psutil.Process().memory_info().rss, len(tensors), sum(t.nbytes for t in tensors)])
 finish = Run.finish
 def finished(run):

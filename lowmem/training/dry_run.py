@@ -62,6 +62,8 @@ def predicted_peak(lm, data, device, training_loss, make_optimizer) -> int:
         copies = 2 if data.train else 1  # weights and gradients
         held = (memory.size_in_bytes(state) + copies * memory.size_in_bytes(few)) / sum(p.numel() for p in few)
     others = list(lm.layers)[count:]
-    width = lm.network.config.get_text_config().hidden_size * next(iter(few)).itemsize
     peak += held * sum(p.numel() for layer in others for p in layer.parameters())
-    return int(peak + len(others) * batch.ids.numel() * width)
+    if data.train:  # checkpointing keeps each layer's input
+        width = lm.network.config.get_text_config().hidden_size * next(iter(few)).itemsize
+        peak += len(others) * batch.ids.numel() * width
+    return int(peak)

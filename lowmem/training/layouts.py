@@ -133,7 +133,7 @@ class PaddedRows(Layout):
         return Batch.of(ids, _labels_of_zeros(ids, shape.targets))
 
     def deal(self, tokens: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:
-        """Like lengths together, within windows: of all rows, length alone would say which meet."""
+        """Like lengths together, in windows of a fourth of the rows at most, or length alone would say which meet."""
         window = batch_size * max(1, min(PADDED_WINDOW, len(tokens) // (4 * batch_size)))
         order = [
             at
