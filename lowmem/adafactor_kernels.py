@@ -5,6 +5,7 @@ element in bf16. What one kernel hands to the next are sums over tiles, in a fix
 weights each time; nothing is as large as the tensor, nothing waits for the host.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -23,6 +24,10 @@ except ImportError:  # comes with PyTorch's builds for GPUs, and only a GPU's ke
 FLOOR = 1e-30  # eps1 of the Adafactor paper, added to the squared gradient's means
 LEAST_RMS = 1e-3  # eps2 of the Adafactor paper: weights count as at least so large
 
+# Tiles, and how many of their programs a multiprocessor holds at a time (registers: 72, 128): the best on an H200
+SUMS_TILE, NORMS_TILE, STEP_TILE = (64, 64), (16, 256), (1, 1024)
+SUMS_AT_A_TIME, NORMS_AT_A_TIME = 7, 4
+
 # numbers that differ from tensor to tensor: not worth a compilation each
 _NOT_SPECIALIZED = {
     "strips", "row_blocks", "blocks", "tiles", "row_tiles", "col_tiles", "first", "tensor_index", "rank", "seed",
@@ -38,11 +43,15 @@ def kernel(function):
 
 
 @kernel
-def _square_sums(g, row_sums, col_sums, R, C, strips, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def _square_sums(
+    g, row_sums, col_sums, R, C, strips, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPENDENT: tl.constexpr = False
+):
     """Of g [R, C] squared, for each set of strips of HEIGHT rows and WIDTH columns: the sums along both.
 
     All programs' strips of one turn lie side by side, so that at the end the last rows are in the cache.
     """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     i, j = tl.program_id(0), tl.program_id(1)
     cols = j * WIDTH + tl.arange(0, WIDTH)
     squares = tl.zeros([HEIGHT, WIDTH], tl.float32)
@@ -73,12 +82,14 @@ def _running_mean(sums, old, new, total, n, tiles, divisor, beta2_rest, tiny, bl
 @kernel
 def _running_means(
     row_sums, col_sums, row, col, new_row, new_col, totals, update_index, R, C, rows_in_all, row_tiles, col_tiles,
-    beta2_rest, tiny, first, BLOCK: tl.constexpr,
+    beta2_rest, tiny, first, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """The new running means of R rows and then of C columns over `rows_in_all` rows, and each block's total of them.
 
     A program for each block of means, those of the rows first; `first` is the block of program 0. Counts the update.
     """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     block, row_blocks = first + tl.program_id(0), tl.cdiv(R, BLOCK)
     if block == 0:
         tl.store(update_index, tl.load(update_index) + 1)
@@ -104,12 +115,14 @@ def _total(x, n):
 @kernel
 def _norms(
     p, g, new_row, new_col, totals, u_squares, p_squares, R, C, rows_in_all, strips, row_blocks,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """For each set of strips, the sums of squares of the update before its rescaling and of the weights.
 
     Backwards, from the rows that are in the cache.
     """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     i, j = tl.program_id(0), tl.program_id(1)
     cols = j * WIDTH + tl.arange(0, WIDTH)
     mean_row = _total(totals, row_blocks) / rows_in_all
@@ -158,9 +171,11 @@ def _scale(u_square, p_square, lr, least_norm, tiny):
 def _step(
     p, g, row, col, new_row, new_col, totals, u_squares, p_squares, update_index, skipped, R, C, rows_in_all,
     row_blocks, blocks, tiles, lr, least_norm, tiny, tensor_index, rank, seed,
-    STOCHASTIC: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+    STOCHASTIC: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """Write weights and running means, if the update is finite, or else count it as skipped. Forwards again."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     across = tl.cdiv(C, WIDTH)
     i, j = tl.program_id(0) // across, tl.program_id(0) % across
     cols = j * WIDTH + tl.arange(0, WIDTH)
@@ -279,6 +294,29 @@ def fused_vector_update(
     )  # fmt: skip
 
 
+@functools.lru_cache
+def _launching(device: torch.device) -> tuple[int, dict]:
+    """Multiprocessors of a GPU and how a kernel is launched that waits for the one before; on a CPU, of an interpreter.
+
+    From Hopper on a kernel is made ready while the one before it ends (programmatic dependent launch): 0.5 µs each.
+    """
+    if device.type == "cpu":
+        return 1, {}
+    gpu = torch.cuda.get_device_properties(device)
+    dependent = torch.version.cuda is not None and gpu.major >= 9
+    return gpu.multi_processor_count, {"DEPENDENT": True, "launch_pdl": True} if dependent else {}
+
+
+def _one_wave(rows: int, cols: int, tile: tuple[int, int], programs: int) -> tuple[tuple[int, int], int]:
+    """Programs down and across a matrix, `programs` of them at most if it is not wider than those, and strips of each.
+
+    Programs that a GPU holds at one time take as long as one: a few more would take as long as two.
+    """
+    tall, wide = triton.cdiv(rows, tile[0]), triton.cdiv(cols, tile[1])
+    strips = triton.cdiv(tall, max(1, programs // wide))
+    return (triton.cdiv(tall, strips), wide), strips
+
+
 def fused_adafactor_update(
     p: torch.Tensor,  # [R, C], fp32 or bf16, contiguous, on a GPU
     g: torch.Tensor,  # like p
@@ -305,10 +343,10 @@ def fused_adafactor_update(
     """
     rows, cols = p.shape
     stochastic = rounding == "stochastic" and p.dtype == torch.bfloat16
-    # Tile heights and widths, and programs enough for a whole GPU: the best of those tried on an H100
-    block, strips = 32, max(1, min(32, p.numel() // 2**22))
-    tall, wide = triton.cdiv(rows, 64 * strips), triton.cdiv(cols, 64)
-    norms = triton.cdiv(rows, 16 * strips), triton.cdiv(cols, 256)
+    multiprocessors, launch = _launching(p.device)
+    (tall, wide), strips = _one_wave(rows, cols, SUMS_TILE, SUMS_AT_A_TIME * multiprocessors)
+    norms, norms_strips = _one_wave(rows, cols, NORMS_TILE, NORMS_AT_A_TIME * multiprocessors)
+    block = 32
     row_blocks, col_blocks, tiles = triton.cdiv(rows, block), triton.cdiv(cols, block), math.prod(norms)
     sizes = [wide * rows, tall * cols, rows, cols, row_blocks + col_blocks, tiles, tiles]
     sizes = [4 * parallel.ceil_div(n, 4) for n in sizes]  # 16 bytes, the alignment of wide loads
@@ -318,10 +356,10 @@ def fused_adafactor_update(
     def running_means(first, blocks, col_sums, col_tiles):
         _running_means[(blocks,)](
             row_sums, col_sums, row, col, new_row, new_col, totals, update_index, rows, cols, rows_in_all, wide,
-            col_tiles, 1 - beta2, FLOOR, first, block,
+            col_tiles, 1 - beta2, FLOOR, first, block, **launch,
         )  # fmt: skip
 
-    _square_sums[tall, wide](g, row_sums, col_sums, rows, cols, strips, 64, 64)
+    _square_sums[tall, wide](g, row_sums, col_sums, rows, cols, strips, *SUMS_TILE, **launch)
     if sum_all is None:
         running_means(0, row_blocks + col_blocks, col_sums, tall)
     else:
@@ -332,14 +370,15 @@ def fused_adafactor_update(
         of_cols = totals[row_blocks : row_blocks + col_blocks].sum()
         totals, row_blocks, col_blocks = torch.stack([sums[-1], of_cols]), 1, 1
     _norms[norms](
-        p, g, new_row, new_col, totals, u_squares, p_squares, rows, cols, rows_in_all, strips, row_blocks, 16, 256
-    )
+        p, g, new_row, new_col, totals, u_squares, p_squares, rows, cols, rows_in_all, norms_strips, row_blocks,
+        *NORMS_TILE, **launch,
+    )  # fmt: skip
     if sum_all:
         sums = sum_all(torch.stack([u_squares[:tiles].sum(), p_squares[:tiles].sum()]))
         u_squares, p_squares, tiles = sums[:1], sums[1:], 1
-    _step[(triton.cdiv(rows, 16) * triton.cdiv(cols, 512),)](
+    _step[(triton.cdiv(rows, 8 * STEP_TILE[0]) * triton.cdiv(cols, STEP_TILE[1]),)](
         p, g, row, col, new_row, new_col, totals, u_squares, p_squares, update_index, skipped, rows, cols, rows_in_all,
         row_blocks, row_blocks + col_blocks, tiles, lr, LEAST_RMS * math.sqrt(rows_in_all * cols), FLOOR, tensor_index,
         parallel.rank(), seed,
-        stochastic, 2, 512,
+        stochastic, *STEP_TILE, **launch,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowmem import adafactor_kernels
 from lowmem.adafactor import Adafactor
 from lowmem.training import run
 
@@ -77,14 +78,49 @@ def test_kernels_neither_wait_for_the_host_nor_depend_on_it():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.gpu
+def test_kernels_made_ready_early_change_no_bit(monkeypatch):
+    """Programmatic dependent launches against plain ones: twenty steps of matrices of several sizes, in one graph."""
+    count, launch = adafactor_kernels._launching(torch.device("cuda", torch.cuda.current_device()))
+    if not launch:
+        pytest.skip("this GPU has none")
+    results = []
+    for how in (launch, {}):
+        monkeypatch.setattr(adafactor_kernels, "_launching", lambda device, how=how: (count, how))
+        torch.manual_seed(0)
+        shapes = (512, 2048), (4096, 1024), (64, 64), (2048,), (3072, 3072), (1, 5000)
+        params = [torch.nn.Parameter(torch.randn(shape, device="cuda").bfloat16()) for shape in shapes]
+        optimizer = Adafactor(params, lr=1e-2)
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(4):
+                optimizer.step()
+        for _ in range(5):
+            graph.replay()
+        results.append([*params, *(v for p in params for v in optimizer.state[p].values())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("programs", [1, 7, 924])
+@pytest.mark.parametrize("shape", [(1, 1), (64, 64), (65, 63), (512, 2048), (4096, 14336), (128256, 2048), (3, 70000)])
+def test_programs_take_all_of_a_matrix_in_one_wave(shape, programs):
+    (tall, wide), strips = adafactor_kernels._one_wave(*shape, (64, 64), programs)
+    assert 64 * wide >= shape[1] > 64 * (wide - 1)
+    assert 64 * tall * strips >= shape[0] > 64 * strips * (tall - 1)
+    assert tall * wide <= programs or tall == 1
+
+
 @pytest.mark.slow
-def test_the_kernels_compile_for_older_gpus(tmp_path):
-    """For sm_80, 86 and 89 (A100, RTX 30 and RTX 40), none of which we have: all their code, within their memory."""
+def test_the_kernels_compile_for_other_gpus(tmp_path):
+    """For sm_80, 86, 89 and 90 (A100, RTX 30, RTX 40, Hopper), with none of them here: all code, within their memory."""
     pytest.importorskip("triton")
     variables = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, Path(__file__).parent / "support" / "compile_kernels.py"]
     options = {"env": variables, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    started = [subprocess.Popen([*command, gpu], **options) for gpu in ("80", "86", "89")]
+    started = [subprocess.Popen([*command, gpu], **options) for gpu in ("80", "86", "89", "90")]
     for process in started:
         out, err = process.communicate()
         assert process.returncode == 0, err[-3000:]
