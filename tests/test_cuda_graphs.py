@@ -101,6 +101,27 @@ def test_a_capture_needs_nothing_that_a_warm_up_has_not_compiled(architecture, m
 
 
 @pytest.mark.slow
+def test_activations_are_compiled_for_one_width_and_any_length():
+    """Or else kernels found in the cache may be those of a model of another width, with blocks of its size."""
+    torch._dynamo.reset()
+    shapes = []
+
+    def backend(graph, inputs):
+        if any("silu" in str(node.target) for node in graph.graph.nodes):
+            values = [node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder"]
+            shapes.extend(value.shape for value in values if isinstance(value, torch.Tensor))
+        return graph.forward
+
+    model = make_model("llama")
+    cuda_graphs.compile_layers(model, backend=backend)
+    for length in (40, 24):
+        model.base_model(input_ids=make_batch(rows=1, length=length).ids, use_cache=False)
+    assert [shape[-1] for shape in shapes] == [model.config.intermediate_size]
+    assert isinstance(shapes[0][-1], int)
+    assert not isinstance(shapes[0][-2], int)
+
+
+@pytest.mark.slow
 def test_compiled_layers_hand_over_one_gradient_at_a_time():
     """Traced but not compiled (backend "aot_eager"): same gradients as plain layers, and at most one alive in each hook."""
     batch, plain = make_batch(), as_lm(make_model("llama"))
