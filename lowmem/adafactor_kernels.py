@@ -218,8 +218,10 @@ def _gradient_and_row(g, row, at, n, beta2_rest, tiny):
 
 
 @kernel
-def _vector_sums(p, g, row, sums, n, beta2_rest, tiny, BLOCK: tl.constexpr):
+def _vector_sums(p, g, row, sums, n, beta2_rest, tiny, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr = False):
     """Of a vector the sums of squares of gradient, update before its rescaling, and weights; by one program."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     g_squares, u_squares = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     p_squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n, BLOCK):
@@ -239,12 +241,14 @@ def _vector_sums(p, g, row, sums, n, beta2_rest, tiny, BLOCK: tl.constexpr):
 def _vector_step(
     p, g, row, col, compensation, sums, update_index, skipped, n, rows_in_all, lr, beta2_rest, least_norm, tiny,
     tensor_index, rank, seed,
-    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """The rest of a vector's update, by one program.
 
     A vector's col is the mean of its row, so that the two cancel in the factors: g / sqrt(row) has the same direction.
     """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     col_before, this_update = tl.load(col), tl.load(update_index) + 1
     u_square, p_square = tl.load(sums + 1), tl.load(sums + 2)
     new_col = col_before + beta2_rest * (tl.load(sums) / rows_in_all + tiny - col_before)
@@ -266,6 +270,19 @@ def _vector_step(
         tl.store(skipped, tl.load(skipped) + 1)
 
 
+@functools.lru_cache
+def _launching(device: torch.device) -> tuple[int, dict]:
+    """Multiprocessors of a GPU and how a kernel is launched that waits for the one before; on a CPU, of an interpreter.
+
+    From Hopper on a kernel is made ready while the one before it ends (programmatic dependent launch): 0.5 µs each.
+    """
+    if device.type == "cpu":
+        return 1, {}
+    gpu = torch.cuda.get_device_properties(device)
+    dependent = torch.version.cuda is not None and gpu.major >= 9
+    return gpu.multi_processor_count, {"DEPENDENT": True, "launch_pdl": True} if dependent else {}
+
+
 def fused_vector_update(
     p: torch.Tensor,  # [R, 1], fp32 or bf16, contiguous, on a GPU
     g: torch.Tensor,  # like p
@@ -285,26 +302,15 @@ def fused_vector_update(
     """`adafactor_update` of a vector in two kernels; the rest as in `fused_adafactor_update`."""
     rows, stochastic = p.shape[0], compensation is not None  # or else no pointer to it is read
     block, sums = min(2**13, triton.next_power_of_2(max(1, rows))), torch.empty(3, dtype=torch.float32, device=p.device)
-    _vector_sums[(1,)](p, g, row, sums, rows, 1 - beta2, FLOOR, block)
+    _, launch = _launching(p.device)
+    _vector_sums[(1,)](p, g, row, sums, rows, 1 - beta2, FLOOR, block, **launch)
     if sum_all:
         sum_all(sums)
     _vector_step[(1,)](
         p, g, row, col, compensation if stochastic else row, sums, update_index, skipped, rows, rows_in_all, lr,
         1 - beta2, LEAST_RMS * math.sqrt(rows_in_all), FLOOR, tensor_index, parallel.rank(), seed, stochastic, block,
+        **launch,
     )  # fmt: skip
-
-
-@functools.lru_cache
-def _launching(device: torch.device) -> tuple[int, dict]:
-    """Multiprocessors of a GPU and how a kernel is launched that waits for the one before; on a CPU, of an interpreter.
-
-    From Hopper on a kernel is made ready while the one before it ends (programmatic dependent launch): 0.5 µs each.
-    """
-    if device.type == "cpu":
-        return 1, {}
-    gpu = torch.cuda.get_device_properties(device)
-    dependent = torch.version.cuda is not None and gpu.major >= 9
-    return gpu.multi_processor_count, {"DEPENDENT": True, "launch_pdl": True} if dependent else {}
 
 
 def _one_wave(rows: int, cols: int, tile: tuple[int, int], programs: int) -> tuple[tuple[int, int], int]:

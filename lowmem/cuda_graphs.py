@@ -70,22 +70,24 @@ def compile_layers(network: torch.nn.Module, backend: str = "inductor") -> None:
     for layer in models.decoder_layers(network):
         for module in layer.modules():
             if any(p.ndim > 1 for p in module.parameters(recurse=False)):
-                module.forward = _not_compiled(module.forward)
+                module.forward = _not_compiled(module)
         layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
 
 
-def _not_compiled(forward):
-    """`forward` as a function that the compiler leaves alone, and after which it takes the width as a constant.
+def _not_compiled(module):
+    """`module.forward` as a function that the compiler leaves alone, and after which it takes the width as a constant.
 
     Of a width that could be any it makes slower kernels, and a model of another width finds them in the cache with
     blocks for the first one's size: on an H200 an 8B model's silu took 45 µs after a test's 64 columns.
     """
 
+    forward, widths = module.forward, {n for p in module.parameters(recurse=False) for n in p.shape}
+
     @torch.compiler.disable
     @functools.wraps(forward)
     def call(*args, **kwargs):
         out = forward(*args, **kwargs)
-        if isinstance(out, torch.Tensor):
+        if isinstance(out, torch.Tensor) and out.shape[-1] in widths:  # a convolution's is a length
             torch._dynamo.mark_static(out, out.ndim - 1)
         return out
 
