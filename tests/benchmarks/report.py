@@ -149,7 +149,7 @@ def memory_and_speed():
 
 @block
 def without_padding():
-    """The same cases with rows padded to one length, as they were before, and in one line; on one machine."""
+    """The same cases with rows padded to one length, as they were before, and in one line."""
     before, now, rows = cases("padded-h200.json"), cases("headline-h200.json"), []
     for name, old in before.items():
         new = now[name]
@@ -183,15 +183,14 @@ def eager_differences():
 
 
 @block
-def update_kernels():
-    kernels, found = load("gpu-h100.json")["kernels"], cases("gpu-h100.json")
-    copy, one_tensor = kernels["copy_tb_per_s"], kernels["update_us_and_tb_per_s"].items()
-    rows = [[shape.replace("x", " x "), f"{us:,.0f}", f"{100 * rate / copy:.0f} %"] for shape, (us, rate) in one_tensor]
-    for name in ("low-memory 1B", "low-memory 8B"):
-        case = found[name]
-        share = f"{100 * case['update_tb_per_s'] / copy:.0f} %"
-        rows.append([f"all of {name[-2:]}, in a step", f"{1000 * case['update_ms_per_step']:,.0f}", share])
-    return table(["tensor", "µs", "of a copy's bandwidth"], rows) + source("gpu-h100.json", [found["low-memory 1B"]])
+def update_in_a_step():
+    _, found = newest(["low-memory 1B", "low-memory 8B"])
+    texts = (
+        f"at {case['shape']} in {case['update_ms_per_step']:.1f} of {case['busy_ms_per_step']:.1f} ms, "
+        f"{case['update_tb_per_s']:.1f} TB/s"
+        for case in found
+    )
+    return "; ".join(texts)
 
 
 @block
@@ -266,6 +265,25 @@ def harness():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Own data
+
+
+@block
+def conversations():
+    what = {
+        "low-memory 8B, not compiled, whole card": "`finetune_lowmem.py`",
+        "8B, batch 8, 6 GiB": "`finetune_lowmem.py --memory_budget 6`",
+        "TRL, padded, 8 rows": "TRL, 8 padded rows a step",
+        "TRL, packed": "TRL, packed to 4,096 tokens a step",
+    }
+    found = cases("chat-h200.json")
+    speeds = ("rows_per_second", "tokens_per_second", "target_tokens_per_second")
+    rows = [
+        [name, f"{found[case]['memory_gib']['train']['device']:.2f}", f"{found[case][speeds[0]]:.1f}"]
+        + [f"{found[case][speed]:,.0f}" for speed in speeds[1:]]
+        for case, name in what.items()
+    ]
+    head = ["8B", "peak in training, GiB", "rows/s", "tokens/s", "target tokens/s"]
+    return table(head, rows) + source("chat-h200.json", [found[case] for case in what])
 
 
 @block
