@@ -318,9 +318,9 @@ def _one_wave(rows: int, cols: int, tile: tuple[int, int], programs: int) -> tup
 
     Programs that a GPU holds at one time take as long as one: a few more would take as long as two.
     """
-    tall, wide = triton.cdiv(rows, tile[0]), triton.cdiv(cols, tile[1])
-    strips = triton.cdiv(tall, max(1, programs // wide))
-    return (triton.cdiv(tall, strips), wide), strips
+    tall, wide = parallel.ceil_div(rows, tile[0]), parallel.ceil_div(cols, tile[1])
+    strips = parallel.ceil_div(tall, max(1, programs // wide))
+    return (parallel.ceil_div(tall, strips), wide), strips
 
 
 def fused_adafactor_update(

@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that are not there. python tests/support/compile_kernels.py 80 86 89 90
 
 Prints each kernel's architecture, name and bytes of shared memory. Needs Triton, with its own assembler, and no GPU.
-From 90 on a matrix's kernels start before the one before has ended: none may touch memory before it has waited.
+From 90 on an update's kernels start before the one before has ended: none may touch memory before it has waited.
 """
 
 import inspect
@@ -40,7 +40,7 @@ for capability in map(int, sys.argv[1:]):
     for kernel, constants in KERNELS.items():
         names = list(inspect.signature(kernel.fn).parameters)
         waits = capability >= 90 and "DEPENDENT" in names
-        constants = constants | {name: waits for name in names if name == "DEPENDENT"}
+        constants = constants | ({"DEPENDENT": waits} if "DEPENDENT" in names else {})
         types = {n: "constexpr" if n in constants else TYPE_OF.get(n, "*fp32") for n in names}
         source = ASTSource(kernel, types, constexprs={(names.index(n),): value for n, value in constants.items()})
         compiled = compile(source, target=GPUTarget("cuda", capability, 32))
