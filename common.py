@@ -141,12 +141,15 @@ def load(args, tokenizer, max_tokens: int) -> Data:
 
 
 def say_examples(data: Data, tokenizer) -> None:
-    """Print how much the data are, and three training rows as the model sees them, their targets between ⟦ and ⟧."""
+    """Print how much the data are, and three of the training sequences, from all parts of them, as the model sees them,
+    their targets between ⟦ and ⟧.
+    """
     records.say("rows", data.describe())
     records.say("tokens", data.describe_tokens())
     half = LINE_CHARACTERS // 2
-    for s in (data.train or data.scored)[:3]:
-        line = facts.marked(s, tokenizer)
+    sequences = data.train or data.scored
+    for s in sequences[:: max(1, len(sequences) // 3)][:3]:
+        line = facts.marked(s, tokenizer, most=half // 2)
         print(f"\n{line}" if len(line) <= 2 * half else f"\n{line[:half]} ... {line[-half:]}")
     print()
 
@@ -168,6 +171,11 @@ def say_special_tokens(args, lm: CausalLM, data: Data, tokenizer) -> None:
         print(
             f"these rows end answers with {', '.join(missing)}, at which generation does not stop: add it to "
             "eos_token_id in the saved model's generation_config.json"
+        )
+    elif facts.never_stops(data, tokenizer, stops):
+        print(
+            "no answer in these rows ends with a token at which generation stops (eos_token_id in the model's "
+            "generation_config.json): it will not learn to end"
         )
 
 

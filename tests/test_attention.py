@@ -17,6 +17,7 @@ from lowmem.training import attention, models
 from lowmem.training.attention import attend_within_rows
 from lowmem.training.batches import Sequence
 from lowmem.training.data import Data
+from lowmem.training.errors import UserError
 from lowmem.training.layouts import Lines, PaddedRows
 
 IN_LINES = [name for name in ARCHITECTURES if name != "gemma2"]
@@ -130,9 +131,15 @@ def test_attention_within_rows_is_softmax_by_its_definition(heads, window):
     torch.testing.assert_close(found, (weights @ v).transpose(1, 2))
 
 
-def test_varlen_attn_gets_what_its_signature_takes(monkeypatch):
-    """That of the torch that is installed: from 2.12 on with `enable_gqa`, before without."""
-    signature, given = inspect.signature(varlen.varlen_attn), {}
+@pytest.mark.parametrize("gqa", [True, False])
+def test_varlen_attn_gets_what_its_signature_takes(gqa, monkeypatch):
+    """That of the torch that is installed, as it is from 2.12 on, with `enable_gqa`, and as before, without."""
+    installed, given = inspect.signature(varlen.varlen_attn), {}
+    parameters = [p for name, p in installed.parameters.items() if name != "enable_gqa"]
+    if gqa:
+        parameters.append(inspect.Parameter("enable_gqa", inspect.Parameter.KEYWORD_ONLY, default=False))
+    signature = inspect.Signature(parameters)
+    monkeypatch.setattr(attention, "GQA", attention.gqa_of(signature))
 
     def stand_in(*args, **kwargs):
         given.update(signature.bind(*args, **kwargs).arguments)
@@ -207,6 +214,38 @@ def test_models_that_see_across_rows_or_lack_more_than_windows_get_padded_rows(a
     assert "padded rows" in said
     assert any(part in said for part in why.split("|"))
     assert lm.score_targets(data.batch(data.train)).isfinite().all()
+
+
+def test_rows_that_change_how_others_are_turned_are_refused():
+    """Of Phi-3 with 128k the longest row of a batch chooses the angles of all."""
+    rope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}  # as Phi-3's config.json has it
+    lengths = {"max_position_embeddings": 128, "original_max_position_embeddings": 32}
+    lm = as_lm(config_of(transformers.Phi3Config, rope_scaling=rope, pad_token_id=0, **lengths))
+    attention.choose_layout(lm, Data([s for s in rows() if s.tokens <= 32], [], max_tokens=128))
+    for data in (Data([Sequence.ending([1] * 34, 4)], [], 128), Data([], [Sequence.ending([1] * 34, 4)], 128)):
+        with pytest.raises(UserError, match=r"33 tokens.*more than 32 .*LongRoPE.*: take --max_length 32"):
+            attention.choose_layout(lm, data)
+
+
+def test_what_one_rank_finds_all_follow(monkeypatch, capsys):
+    monkeypatch.setattr(attention.parallel, "gather_objects", lambda why_not: [why_not, "a layer sees across rows"])
+    data = Data(rows(), [], max_tokens=128)
+    attention.choose_layout(as_lm(make_model("llama")), data)
+    assert type(data.layout) is PaddedRows
+    assert "padded rows: a layer sees across rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"s_aux": torch.zeros(4)}, "attention sinks"), ({"softcap": 50.0}, "soft-capping"),
+        ({"dropout": 0.1}, "dropout"), ({"cu_seq_lens_q": None}, "not told where rows start"),
+    ],
+)  # fmt: skip
+def test_what_attention_within_rows_lacks_is_refused(given, why):
+    x = torch.zeros(1, 4, 9, 8)
+    with pytest.raises(NotImplementedError, match=why):
+        attend_within_rows(None, x, x, x, None, **{"cu_seq_lens_q": torch.tensor([0, 9])} | given)
 
 
 def test_one_row_to_train_on_is_enough_to_see_that_rows_leak():

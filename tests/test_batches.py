@@ -308,6 +308,22 @@ def test_groups_that_are_too_full_are_mended():
     assert groups == [[0, 1], [2, 3], [4, 5]]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_rows_that_fit_nowhere_are_not_tried_for_long(batch_size):
+    """Rows of very different lengths, a batch of few: thousands of lines are too full, and nothing can be exchanged."""
+    tried = []
+
+    class Counting(random.Random):
+        def randrange(self, *args):
+            tried.append(args)
+            return super().randrange(*args)
+
+    rng = random.Random(0)
+    lengths = [min(4000, max(20, int(rng.lognormvariate(6, 1)))) for _ in range(10_000)]
+    Lines(4000, 8192, True).deal(lengths, batch_size, Counting(0))
+    assert len(tried) < 3 * 2 * layouts.HOPELESS_GROUPS * layouts.EXCHANGE_TRIES  # of 15 million for all
+
+
 @pytest.mark.parametrize(("length", "batch_size"), [((10, 30), 4), ((20, 40), 2), ((5, 15), 8)])
 def test_lines_shorter_than_a_tile_have_equally_many_tokens(length, batch_size):
     rng = random.Random(0)

@@ -213,6 +213,28 @@ def test_under_tags_a_lost_call_is_refused_and_an_opening_answer_not_trained():
     assert targets(chat_tokenizer(TAGGED), opened) == [["x<|im_end|>"]]
 
 
+def test_what_a_template_leaves_out_is_refused():
+    """Real ones drop the role `developer` (Qwen), tools (Gemma 3), or what is said beside a call (Mistral Nemo)."""
+    no_developer = CHATML.replace("for message in messages", "for message in messages if message.role != 'developer'")
+    call = {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    no_content = "{%- for m in messages %}{{- m.tool_calls | tojson if m.tool_calls else m.content }}{%- endfor %}"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert no_developer != CHATML
+    for template, messages, more, what in (
+        (no_developer, [{"role": "developer", "content": "Be brief."}, *say("a", "b")], {}, "content of message 0"),
+        (no_content, [*say("a"), call], {}, "content of message 1, of role assistant"),
+        (CHATML, say("a", "b"), {"tools": tools}, "the tools"),
+    ):
+        with pytest.raises(UserError, match=f"line 7: the chat template leaves out .*{what}"):
+            sequences(chat_tokenizer(template), messages, **more)
+
+
+def test_contents_that_a_template_writes_as_json_or_trimmed_are_there():
+    as_json = CHATML.replace("message.content", "(message.content | trim | tojson)")
+    assert as_json != CHATML
+    assert targets(chat_tokenizer(as_json), say(' a\n"é" ', "b\tc 🙂\n")) == [['"b\\tc 🙂"<|im_end|>']]
+
+
 def test_the_day_is_the_run_s():
     assert "Today Date: 03 Feb 2026" in texts(chat_tokenizer(LLAMA), say("a", "b"))[0]
 

@@ -151,6 +151,20 @@ def test_compiled_layers_hand_over_one_gradient_at_a_time():
 # Captures, which a CPU has not
 
 
+def test_the_lengths_of_graphs_are_said(no_captures, monkeypatch, capsys):
+    """One to train, two to evaluate."""
+    train, scored = ([Sequence.ending([1] * (n + 1), 4)] for n in (200, 500))
+    lm, data = as_lm(make_model()), Data(train * 8, scored + train * 20, 512, batch_size=8, eval_tokens=512)
+    data.layout = Lines(500, 512, few_lengths=True)
+    monkeypatch.setattr(cuda_graphs, "warm_up", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    cuda_graphs.as_graphs(None, None, lm, None, False, data)
+    lengths = sorted({data.shape(batch).length for batch in data.evaluation_batches()})
+    assert len(lengths) == 2
+    said = f"graphs        to train 1,664 tokens, to evaluate 2 lengths, {lengths[0]:,} to {lengths[1]:,} tokens"
+    assert said in capsys.readouterr().out
+
+
 @pytest.fixture
 def no_captures(monkeypatch):
     """On a CPU nothing is captured: `Graphs` runs its function once for each graph."""

@@ -314,6 +314,22 @@ def test_a_dry_run_of_the_baseline_predicts_its_peak(epochs, run_wide, gpu_comma
     assert peak(summary) == pytest.approx(predicted_peak(out), rel=0.15)
 
 
+def test_a_dry_run_says_what_a_run_within_a_budget_does(run_wide, gpu_commands, tmp_path, dataset_folder):
+    flags = ["--model", tmp_path / "llama", "--dataset", dataset_folder, "--batch_size", 4, "--epochs", 2]
+    least = least_budget(run_wide, "--epochs", 2)
+    for budget, ends in ((round(least + 0.1, 2), 0), (0.2, 2)):
+        dry = ["--run-name", "dry", "--output_dir", tmp_path, "--dry_run", "--memory_budget", budget]
+        code, out, err = gpu_commands.run("finetune_lowmem", *dry, *flags)
+        assert code == ends, err[-3000:]
+        if ends == 0:
+            summary, said = run_wide("real", "--memory_budget", budget, "--epochs", 2)
+            layers = re.compile(r"\d of 6 decoder layers on the GPU, \d streamed through 2 slots")
+            assert layers.search(out)[0] == layers.search(said)[0]
+            assert predicted_peak(out) == pytest.approx(predicted_peak(said), abs=0.03)
+        else:
+            assert float(re.search(r"needs ([\d.]+) with all", err)[1]) == pytest.approx(least, abs=0.03)
+
+
 def peak(summary):
     return max(phase["device"] for phase in summary["memory_gib"].values())
 

@@ -1,13 +1,15 @@
 """Bytes: what the host has free, what a phase takes. python -m pytest tests/test_memory.py"""
 
 import resource
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from support.training import CPU
 
-from lowmem.training import memory
+from lowmem.training import dry_run, memory
+from lowmem.training.errors import UserError
 
 
 @pytest.mark.parametrize("own", ["", "0::/\n", "1:cpu:/elsewhere\n0::/user/job\n"])
@@ -68,3 +70,16 @@ def test_the_peak_of_a_gpu_holds_what_was_given_back():
     assert taken.peaks["train"]["allocated"] >= 2
     taken.start("eval")
     assert taken.sample() < before + 1
+
+
+@pytest.mark.parametrize("peak", [3, 5])
+def test_a_dry_run_that_does_not_fit_says_so(peak, monkeypatch, capsys):
+    """Of a card of 4 GiB."""
+    monkeypatch.setattr(dry_run, "predicted_peak", lambda *_: peak * memory.GIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (memory.GIB, 4 * memory.GIB))
+    needed = pytest.raises(
+        UserError, match="5.00 GiB of GPU memory would be needed, and there are 4.00: take a smaller"
+    )
+    with needed if peak > 4 else nullcontext():
+        dry_run.say_peak(None, None, torch.device("cuda"), None, None)
+    assert f"predicted peak {peak}.00 GiB of 4.00" in capsys.readouterr().out

@@ -111,7 +111,11 @@ def test_tools_and_variables_as_lists_and_as_json(tmp_path):
         chat("a", "b") | {"tools": None, "chat_template_kwargs": None},
         chat("a", "b") | {"tools": [], "chat_template_kwargs": ""},
     ]
-    for template, with_them in ((LLAMA, 'Tools: [{"type": "function"'), (QWEN, "\\n<think>\\n\\n</think>\\n\\n⟦b")):
+    with_tools = QWEN.replace("{%- for", "{%- if tools %}{{- tools | tojson }}{%- endif %}{%- for", 1)
+    for template, with_them in (
+        (LLAMA, 'Tools: [{"type": "function"'),
+        (with_tools, "\\n<think>\\n\\n</think>\\n\\n⟦b"),
+    ):
         tokenizer = chat_tokenizer(template)
         found = shown(load(split_folder(tmp_path, rows), tokenizer).train, tokenizer)
         assert found[0] == found[1]
@@ -126,6 +130,26 @@ def test_keys_without_a_value_are_none(tmp_path):
     row = {"messages": [m | {"tool_calls": None, "name": None} for m in chat("a", "b")["messages"]]}
     found = load(split_folder(tmp_path, [row, chat("a", "b")]), tokenizer).train
     assert found[0] == found[1]
+
+
+def test_rows_that_are_read_for_long_show_progress(tmp_path, monkeypatch, capsys):
+    bar = own.tqdm
+    monkeypatch.setattr(own, "tqdm", lambda *args, **settings: bar(*args, **settings | {"delay": 0}))
+    load(split_folder(tmp_path, [chat("a", "b")] * 3))
+    assert "tokenizing train: " in capsys.readouterr().err
+
+
+def test_calls_of_no_tool_are_none_and_arguments_may_be_json_text(tmp_path):
+    """As OpenAI has them; a template that writes JSON would write it twice."""
+    tokenizer = chat_tokenizer(LLAMA)
+    without = {"messages": [m | {"tool_calls": []} for m in chat("a", "b")["messages"]]}
+    arguments = ({"x": "1"}, '{"x": "1"}')
+    calls = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": a}}]} for a in arguments]
+    rows = [chat("a", "b"), without, *({"messages": [chat("a", "b")["messages"][0], call]} for call in calls)]
+    found = shown(load(split_folder(tmp_path, rows), tokenizer).train, tokenizer)
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert '⟦{"name": "f", "arguments": {"x": "1"}}<|eot|>⟧' in found[2]
 
 
 def test_every_token_is_trained_if_asked_for(tmp_path):
@@ -399,6 +423,8 @@ def test_special_tokens_that_the_model_has_not_learned(tmp_path):
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<|head|>", "<|/head|>", "<|eot|>", "<|turn|>")}
     embeddings = torch.randn(len(tokenizer), 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert facts.unseen_tokens(data, tokenizer, embeddings) == []
+    last = {s.ids[-1] for s in data.train}
+    assert last == {ids["<|eot|>"]}, "which is only predicted where an answer ends a row"
     embeddings[ids["<|turn|>"]] = 0  # is not used
     assert facts.unseen_tokens(data, tokenizer, embeddings) == []
     embeddings[ids["<|eot|>"]] *= 0.01
@@ -416,8 +442,18 @@ def test_tokens_that_end_turns_and_do_not_stop_generation(tmp_path):
         assert facts.missing_stop_tokens(data, CHAT, known) == ["<|im_end|>"]
     for known in (end, [CHAT.eos_token_id, end]):
         assert facts.missing_stop_tokens(data, CHAT, known) == []
+        assert not facts.never_stops(data, CHAT, known)
+    assert facts.never_stops(data, CHAT, None)
+    assert facts.never_stops(data, CHAT, [CHAT.eos_token_id])
     whole = load(tmp_path, train_on="all")  # which ends with a line break
     assert facts.missing_stop_tokens(whole, CHAT, None) == ["<|im_end|>"]
+
+
+def test_of_long_stretches_the_beginning_and_the_end_are_marked():
+    ids = CHAT("a" * 300 + "b" * 300, add_special_tokens=False)["input_ids"]
+    start = len(CHAT("a" * 300, add_special_tokens=False)["input_ids"])
+    line = facts.marked(Sequence.ending(ids, len(ids) - start), CHAT, most=20)
+    assert line == f"{'a' * 10} ... {'a' * 10}⟦{'b' * 10} ... {'b' * 10}⟧"
 
 
 def test_marked():

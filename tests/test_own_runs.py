@@ -15,7 +15,7 @@ import datasets
 import pytest
 import torch
 import transformers
-from support.chat_templates import CHATML, GEMMA, LLAMA, QWEN, SPECIAL, chat_tokenizer
+from support.chat_templates import CHATML, GEMMA, LLAMA, PLAIN, QWEN, SPECIAL, chat_tokenizer
 from support.damage import cut
 from support.runs import SCRIPTS, assert_same_run, both_scripts, difference, lines, refused, timeless, weights
 from support.tiny import ARCHITECTURES, make_model, write_jsonl
@@ -519,6 +519,23 @@ def without_weights(tmp_path, chat_model, monkeypatch):
     return folder
 
 
+def test_a_dry_run_without_epochs_shows_what_is_scored(train, without_weights, tmp_path, capsys):
+    folder = write_folder(tmp_path / "rows", "messages")
+    train("finetune_lowmem", "r", folder, "--dry_run", "--epochs", 0, model=without_weights)
+    said = capsys.readouterr().out
+    assert "0 to train on, 11 held out" in said
+    assert said.count("⟦") == 3
+
+
+def test_of_long_rows_what_is_trained_is_shown(train, chat_model, tmp_path, capsys):
+    alone(*(chat("word " * 400, f"{k} " + "said " * 400) for k in range(4)))(tmp_path / "rows")
+    model = chat_model(max_position_embeddings=16384)
+    train("finetune_base", "r", tmp_path / "rows", "--dry_run", model=model)
+    shown = [line for line in capsys.readouterr().out.splitlines() if "⟦" in line]
+    assert len(shown) == 3
+    assert all(line.count("⟦") == line.count("⟧") == 1 and len(line) <= 1600 for line in shown)
+
+
 @both_scripts
 def test_a_dry_run_shows_the_rows_and_leaves_nothing(script, train, without_weights, tmp_path, capsys):
     folder = write_folder(tmp_path / "rows", "messages")
@@ -531,7 +548,7 @@ def test_a_dry_run_shows_the_rows_and_leaves_nothing(script, train, without_weig
     tokens, targets = sum(len(row[0]) - 1 for row in ids), sum(len(row[1]) for row in ids)  # the last id is not read
     mean, longest = f"{tokens / 40:,.0f}", max(len(row[0]) - 1 for row in ids)
     assert f"{mean} a sequence, {longest} at most; {100 * targets / tokens:.1f} % are targets" in said
-    shown = [f"{head(q)}⟦{a}<|im_end|>⟧\n".replace("\n", "\\n") for q, a in TRAIN[:3]]
+    shown = [f"{head(q)}⟦{a}<|im_end|>⟧\n".replace("\n", "\\n") for q, a in TRAIN[::13][:3]]
     assert [line for line in said.splitlines() if "⟦" in line] == shown
     assert re.search(r"weights +\d+\.\d\d GiB", said)
     assert "epoch 0" not in said
@@ -618,6 +635,19 @@ def test_tokens_that_the_model_does_not_know_are_said(script, change, unseen, tr
         assert "eos_token_id in the saved model's generation_config.json" in said or NO_STOP not in said
 
 
+def test_answers_that_end_with_no_stop_token_are_said(train, chat_model, tmp_path, capsys):
+    train(
+        "finetune_lowmem",
+        "r",
+        write_folder(tmp_path / "rows", "messages"),
+        "--max_steps",
+        1,
+        *LITTLE,
+        model=chat_model(template=PLAIN),
+    )
+    assert "no answer in these rows ends with a token at which generation stops" in capsys.readouterr().out
+
+
 def test_rows_without_special_tokens_have_nothing_said_of_them(train, chat_model, tmp_path, capsys):
     folder = write_folder(tmp_path / "rows", "prompt and completion")
     model = chat_model(change=all_alike, pad_token_id=None)  # whose embedding would be 0
@@ -683,7 +713,7 @@ BAD = {
     "a held-out split without answers": (alone(*GOOD, held_out=[{"messages": [user("a")]}]), CHATML, (), "split validation: no row can be used: 1 have no assistant turn"),
     "one row, none to hold out": (lambda folder: (folder.mkdir(), write_jsonl(folder / "train.jsonl", GOOD[:1])), CHATML, (), "the 1 rows of the split train cannot be dealt out"),
     "an empty file": (alone(held_out=GOOD), CHATML, (), "split train is empty"),
-    "a file that is cut": (cut_gz, CHATML, (), "rows cannot be loaded: its files are damaged"),
+    "a file that is cut": (cut_gz, CHATML, (), "train.jsonl.gz, behind line"),
     "longer than the model": (alone(*GOOD), CHATML, ("--max_length", 129), "--max_length 129 is more than the 128 tokens that the model takes"),
 }  # fmt: skip
 

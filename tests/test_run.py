@@ -80,6 +80,15 @@ def test_rows_epochs_and_steps_are_limited(run):
     assert (summary["steps"], summary["rows"]) == (1, 3)
 
 
+@both_scripts
+def test_hellaswag_stands_in_lines_too_and_progress_shows_its_scores(script, run, capsys):
+    run(script, "r", "--epochs", 0, *LITTLE)
+    said = capsys.readouterr()
+    assert "batches       rows end to end in one line, without padding" in said.out
+    scores = next(line for line in said.out.splitlines() if line.startswith("epoch 0: acc "))
+    assert f", {scores.removeprefix('epoch 0: ')}]" in said.err
+
+
 def test_same_seed_same_run_other_seed_other_run(run):
     few = ("--max_steps", 3, "--eval_rows", 2)
     a, b, c = (run("finetune_lowmem", n, *few, "--seed", s)[1] / "model" for n, s in (("a", 1), ("b", 1), ("c", 2)))

@@ -1,6 +1,7 @@
 """Conversations under a tokenizer's chat template, as sequences whose targets are what the assistant says."""
 
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,18 @@ class EndsInTheMiddle(Exception):
     """A token holds the end of a turn and the beginning of the next."""
 
 
+def _names(tool, text):
+    """Whether the text has the name of the tool, or of the tool that is called."""
+    name = (tool.get("function") or tool).get("name") if isinstance(tool, dict) else None
+    return isinstance(name, str) and name in text
+
+
+def _says(text, content):
+    """Whether the text has the content, perhaps as JSON; templates may leave out thoughts and white space around it."""
+    said = content.split("</think>")[-1].strip()
+    return said in text or any(json.dumps(said, ensure_ascii=ascii)[1:-1] in text for ascii in (True, False))
+
+
 class Chats:
     """Makes sequences of conversations. everything: whether all tokens are trained, not the assistant's alone.
 
@@ -138,7 +151,7 @@ class Chats:
             return [self._tagged(where, conversation)]
         count = len(conversation.messages)
         whole = self.render(where, conversation, count)
-        self._require_calls(where, conversation, whole)
+        self._require_whole(where, conversation, whole)
         if self.everything:
             return [Rendered(where, whole, [(0, len(whole))], whole_turns=True)]
         turns, closing = [], self._closing(where, conversation, whole)
@@ -160,16 +173,19 @@ class Chats:
         closes = asked.endswith(eos) and not prompt.startswith(asked) and prompt.startswith(asked.removesuffix(eos))
         return eos if closes else ""
 
-    def _require_calls(self, where, conversation, text):
-        """Refuse a conversation whose tool calls are not in its text: of a template that knows no tools."""
+    def _require_whole(self, where, conversation, text):
+        """Refuse a conversation of which the template leaves something out: tools, their calls, a message, a role."""
+        lacking = ["the tools" for tool in conversation.tools or () if not _names(tool, text)]
         for k, message in enumerate(conversation.messages):
-            for call in message.get("tool_calls") or ():
-                name = (call.get("function") or call).get("name") if isinstance(call, dict) else None
-                if not isinstance(name, str) or name not in text:
-                    raise UserError(
-                        f"{where}: the chat template leaves out the tool call of message {k}: take a model whose "
-                        "template has tools, or take the row out"
-                    )
+            if not all(_names(call, text) for call in message.get("tool_calls") or ()):
+                lacking.append(f"the tool call of message {k}")
+            if not _says(text, message["content"]):
+                lacking.append(f"the content of message {k}, of role {message['role']}")
+        if lacking:
+            raise UserError(
+                f"{where}: the chat template leaves out {lacking[0]}: take a model whose template writes that, or take "
+                "it or the row out"
+            )
 
     def _by_turn(self, where, conversation) -> Iterator[Rendered]:
         """For each turn the conversation up to it. Raises UserError."""
@@ -199,7 +215,7 @@ class Chats:
             return_assistant_tokens_mask=True,
             **variables,
         )
-        self._require_calls(where, conversation, text)
+        self._require_whole(where, conversation, text)
         if self.everything:
             turns = [(0, len(text))]
         elif count := conversation.first or conversation.messages[0]["role"] == "assistant":

@@ -16,10 +16,10 @@ SAMPLE = 4096  # rows of an embedding matrix of which the median norm is taken
 
 
 def used_tokens(data: Data) -> set[int]:
-    """The ids that the model reads: all but each sequence's last."""
+    """The ids that the model reads or predicts."""
     seen = torch.zeros(data.largest_id() + 1, dtype=torch.bool)
     for s in (*data.train, *data.scored):
-        seen[torch.frombuffer(s.ids, dtype=torch.int32)[:-1]] = True
+        seen[torch.frombuffer(s.ids, dtype=torch.int32)] = True
     return set(seen.nonzero().flatten().tolist())
 
 
@@ -47,19 +47,38 @@ def missing_stop_tokens(data: Data, tokenizer, stop_tokens: int | list[int] | No
 
     stop_tokens: `eos_token_id` of the model's generation_config. Generation would run on behind such a token.
     """
-    known = {stop_tokens} if isinstance(stop_tokens, int) else set(stop_tokens or ())
+    missing = sorted((_ends(data, tokenizer) & special_tokens(tokenizer)) - _ids(stop_tokens))
+    return tokenizer.convert_ids_to_tokens(missing)
+
+
+def never_stops(data: Data, tokenizer, stop_tokens: int | list[int] | None) -> bool:
+    """Whether nothing that is trained ends with one of the ids `stop_tokens`, white space left aside."""
+    return not _ends(data, tokenizer) & _ids(stop_tokens)
+
+
+def _ids(stop_tokens):
+    return {stop_tokens} if isinstance(stop_tokens, int) else set(stop_tokens or ())
+
+
+def _ends(data, tokenizer):
+    """The ids that end what is trained, as a turn, white space left aside."""
     is_space = functools.cache(lambda token: tokenizer.decode([token]).isspace())
     ends = set()
     for s in (*data.train, *data.scored):
         for start, end in s.spans:
             said = range(end - 1, start - 1, -1)
             ends.add(next((s.ids[at] for at in said if not is_space(s.ids[at])), s.ids[end - 1]))
-    missing = sorted((ends & special_tokens(tokenizer)) - known)
-    return tokenizer.convert_ids_to_tokens(missing)
+    return ends
 
 
-def marked(sequence: Sequence, tokenizer) -> str:
-    """The sequence as the model sees it, in one line, its targets between ⟦ and ⟧."""
+def marked(sequence: Sequence, tokenizer, most: int | None = None) -> str:
+    """The sequence as the model sees it, in one line, its targets between ⟦ and ⟧.
+
+    most: characters of each stretch that is trained or is not; of a longer one its beginning and end.
+    """
+
+    def cut(piece):
+        return piece if most is None or len(piece) <= most else f"{piece[: most // 2]} ... {piece[-most // 2 :]}"
 
     def text(end):
         return tokenizer.decode(sequence.ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -67,7 +86,7 @@ def marked(sequence: Sequence, tokenizer) -> str:
     pieces, at = [], 0
     for start, end in sequence.spans:
         before, up_to = text(start), text(end)
-        pieces += [before[at:], "⟦", up_to[len(before) :], "⟧"]
+        pieces += [cut(before[at:]), "⟦", cut(up_to[len(before) :]), "⟧"]
         at = len(up_to)
-    line = "".join(pieces) + text(len(sequence.ids))[at:]
+    line = "".join(pieces) + cut(text(len(sequence.ids))[at:])
     return UNPRINTED.sub(lambda found: found[0].encode("unicode_escape").decode(), line)

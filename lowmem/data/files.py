@@ -8,6 +8,7 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -114,14 +115,17 @@ def read(file: Path) -> Iterator[tuple[str, dict]]:
 
 def _lines(file):
     """Yield (number, text) of each line, its end included."""
+    number = 0
     with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
+        try:
+            for number, line in enumerate(lines, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{file}, line {number}, is not UTF-8 text: save it in that encoding, or get it again"
-                ) from error
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{file}, line {number}, is not UTF-8 text: save it in that encoding, or get it again"
+            ) from error
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{file}, behind line {number}, is cut or damaged ({error}): get it again") from error
 
 
 def _json_lines(file):

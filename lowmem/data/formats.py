@@ -141,8 +141,11 @@ def _messages(value, name):
 
 
 def _message(message, name):
-    """A message as templates take it. The keys that Arrow adds, with None, are dropped."""
+    """A message as templates take it. The keys that Arrow adds, with None, are dropped, and calls of no tool."""
     message = {key: value for key, value in _object(message, name).items() if value is not None}
+    calls = message.pop("tool_calls", None)
+    if calls:
+        message["tool_calls"] = [_call(call) for call in _list(calls, f"{name}: tool_calls")]
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise UserError(f"{name}: the role is {str(role)[:40]!r}, and not {', '.join(ROLES)}")
@@ -151,6 +154,19 @@ def _message(message, name):
     if content is not None and not isinstance(content, str):
         raise UserError(f"{name}: the content is {_kind(content)}, where text belongs")
     return message | {"content": content or ""}
+
+
+def _call(call):
+    """A tool call whose arguments are an object where they are JSON text, as OpenAI has them: templates write JSON."""
+    if not isinstance(call, dict):
+        return call  # what the template does not write is refused
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _call(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return call
+    return call | {"arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def _renamed(turn, name):

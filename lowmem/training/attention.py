@@ -14,8 +14,14 @@ from lowmem.training.layouts import Lines
 from lowmem.training.models import CausalLM
 
 NAME = "within_rows"  # under which transformers knows `attend_within_rows`
-# asked once, not by each layer of each step; torch 2.11 does so without being told
-GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else {}
+
+
+def gqa_of(signature: inspect.Signature) -> dict[str, bool]:
+    """What `varlen_attn` of that signature is to be told of fewer key heads; torch 2.11 takes them untold."""
+    return {"enable_gqa": True} if "enable_gqa" in signature.parameters else {}
+
+
+GQA = gqa_of(inspect.signature(varlen.varlen_attn))  # asked once, not by each layer of each step
 KEPT_APART = 0.01  # of a hidden state's length; 0 where rows are kept apart: the same kernels on the same numbers
 IN_PLACE = 0.05  # of its length: room for bf16's rounding by other kernels
 
@@ -76,8 +82,10 @@ def _attend_on_cpu(query, key, value, scale, window, row_starts, longest):
 def choose_layout(lm: CausalLM, data: Data) -> None:
     """Set data.layout to `Lines` if the model's layers keep rows apart in a line; otherwise rows stay padded.
 
-    Tried out with the layers that there are: the first ones are enough, if each kind is among them.
+    Tried out with the layers that there are: the first ones are enough, if each kind is among them. Raises UserError if
+    rows change each other in either.
     """
+    models.require_one_rotation(lm.network, data.longest())
     padded, before = data.layout, lm.network.config.get_text_config()._attn_implementation
     why_not = "attention is not PyTorch's" if not before.startswith("sdpa") else _why_no_lines(lm, data)
     why_not = next(filter(None, parallel.gather_objects(why_not)), None)  # all ranks alike

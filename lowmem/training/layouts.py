@@ -18,6 +18,7 @@ TAIL_TOKENS = 128  # at most, of a row that only fills a line up: attention with
 ROWS_PER_SPARE_TOKEN = 2  # of a line: rows seldom fill it to the last
 SIZE_NOISE = 0.3  # part of a row's length: dealt by length alone, the same rows would meet in each epoch
 EXCHANGE_TRIES = 1000  # with 100, one of HellaSwag's 3,009 lines was too full, and a graph of its own
+HOPELESS_GROUPS = 100  # of rows of very different lengths; more of them would take a minute of 100,000 batches of one
 PADDED_WINDOW = 64  # batches whose rows are sorted by length together
 
 
@@ -48,8 +49,10 @@ def balanced(
 def exchange(groups: list[list[int]], sizes: list[int], rooms: list[int], rng: random.Random) -> None:
     """Let groups of indices of `sizes` whose sums exceed their rooms exchange indices with others that have room.
 
-    `rng` draws what is tried, EXCHANGE_TRIES times for each such group, those that exceed least first.
+    `rng` draws what is tried, EXCHANGE_TRIES times for each such group, those that exceed least first, until
+    HOPELESS_GROUPS of them have not found room.
     """
+    hopeless = 0
     left = [room - sum(sizes[at] for at in group) for group, room in zip(groups, rooms, strict=True)]
     for k in sorted((k for k in range(len(groups)) if left[k] < 0), key=lambda k: -left[k]):
         for _ in range(EXCHANGE_TRIES):
@@ -61,6 +64,9 @@ def exchange(groups: list[list[int]], sizes: list[int], rooms: list[int], rng: r
                 left[k], left[other] = left[k] + less, left[other] - less
             if left[k] >= 0:
                 break
+        hopeless += left[k] < 0
+        if hopeless == HOPELESS_GROUPS:
+            break
 
 
 @dataclass

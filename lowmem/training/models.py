@@ -181,6 +181,20 @@ def windows_below(network: torch.nn.Module, longest: int) -> set[int]:
     return {window for window in windows if window is not None and window < longest}
 
 
+def require_one_rotation(network: torch.nn.Module, longest: int) -> None:
+    """Refuse rows so long that the model would turn all of a batch by other angles (LongRoPE, Ding et al. 2024)."""
+    config = network.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *rope.values()):  # of all layers, or of each kind of layer
+        if isinstance(kind, dict) and kind.get("rope_type") == "longrope":
+            limit = kind.get("original_max_position_embeddings") or config.max_position_embeddings
+            if longest > limit:
+                raise UserError(
+                    f"the longest row has {longest:,} tokens, and a row of more than {limit:,} changes how this model "
+                    f"reads the rows beside it (LongRoPE): take --max_length {limit}"
+                )
+
+
 def choose_trained(network: torch.nn.Module, trained: str) -> dict[str, torch.nn.Parameter]:
     """{name: parameter} of what --trained ("layers" or "all") means, a tied weight once; sets requires_grad.
 
