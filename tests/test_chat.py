@@ -218,12 +218,14 @@ def test_what_a_template_leaves_out_is_refused():
     no_developer = CHATML.replace("for message in messages", "for message in messages if message.role != 'developer'")
     call = {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     no_content = "{%- for m in messages %}{{- m.tool_calls | tojson if m.tool_calls else m.content }}{%- endfor %}"
+    named = [{"role": "user", "content": "Do f."}, call | {"content": ""}]  # by whom else but the template?
     tools = [{"type": "function", "function": {"name": "f"}}]
     assert no_developer != CHATML
     for template, messages, more, what in (
         (no_developer, [{"role": "developer", "content": "Be brief."}, *say("a", "b")], {}, "content of message 0"),
         (no_content, [*say("a"), call], {}, "content of message 1, of role assistant"),
-        (CHATML, say("a", "b"), {"tools": tools}, "the tools"),
+        (CHATML, named, {}, "the tool call of message 1"),
+        (CHATML, say("Do f.", "b"), {"tools": tools}, "the tools"),
     ):
         with pytest.raises(UserError, match=f"line 7: the chat template leaves out .*{what}"):
             sequences(chat_tokenizer(template), messages, **more)
@@ -363,6 +365,12 @@ def test_two_bos_are_refused():
 def test_characters_that_no_text_has_are_refused(character):
     with pytest.raises(UserError, match="line 7 contains a NUL character or half of a surrogate pair"):
         sequences(chat_tokenizer(CHATML), say("é" + character, "b"))
+
+
+def test_templates_of_which_none_is_the_default_are_refused():
+    tokenizer = chat_tokenizer({"rag": CHATML, "tool_use": CHATML})
+    with pytest.raises(UserError, match="line 7: the chat template refuses it .*multiple chat templates"):
+        sequences(tokenizer, say("a", "b"))
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused():

@@ -132,6 +132,23 @@ def test_a_large_file_is_not_held(name, tmp_path):
     assert peak < 1.5e6  # seen: 0.6 MB of a parquet block; all rows as dicts are 10 MB
 
 
+def test_objects_that_differ_are_those_of_the_file_in_every_form(tmp_path):
+    """datasets 5 keeps them as JSON text; a null in them is the file's own, and not Arrow's."""
+    rows = [
+        {"tools": [{"n": "f", "of": of}], "calls": {"a": k}}
+        for k, of in enumerate(({"x": 1}, {"y": None}, {"z": {"u": [2]}}))
+    ]
+    (tmp_path / "t.jsonl").write_bytes(as_jsonl(rows))
+    whole = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "t.jsonl"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    whole.to_parquet(str(tmp_path / "t.parquet"))
+    whole.with_format("numpy").save_to_disk(str(tmp_path / "saved"))
+    assert "Json" in str(whole.features)
+    for form in ("t.jsonl", "t.parquet", "saved"):
+        assert found(tmp_path / form) == rows
+
+
 def test_keys_that_arrow_adds_are_dropped(tmp_path):
     """In a column all dicts have the same keys; a value that is None, and a None in a list, say something."""
     rows = [

@@ -355,6 +355,18 @@ REFUSED = {
         {"messages": [*chat("a", "b")["messages"][:1], {"role": "assistant", "content": None, "tool_calls": CALL}]},
         "the chat template leaves out the tool call of message 1",
     ),
+    "a call that is a number": (
+        {"messages": [*chat("a", "b")["messages"][:1], {"role": "assistant", "content": "b", "tool_calls": [3]}]},
+        "messages, entry 1: tool_calls, entry 0 is a number, where an object belongs",
+    ),
+    "calls that are no list": (
+        {"messages": [*chat("a", "b")["messages"][:1], {"role": "assistant", "content": "b", "tool_calls": 3}]},
+        "messages, entry 1: tool_calls is a number, where a list belongs",
+    ),
+    "a call of no name": (
+        {"messages": [*chat("a", "b")["messages"][:1], {"role": "assistant", "content": "b", "tool_calls": [{"function": {}}]}]},
+        "messages, entry 1: tool_calls, entry 0: function has no name of a tool",
+    ),
     "white space that joins the prompt": (chat("a", "\nb"), "take the white space out at the beginning of the answer"),
 }  # fmt: skip
 
@@ -423,8 +435,6 @@ def test_special_tokens_that_the_model_has_not_learned(tmp_path):
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<|head|>", "<|/head|>", "<|eot|>", "<|turn|>")}
     embeddings = torch.randn(len(tokenizer), 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert facts.unseen_tokens(data, tokenizer, embeddings) == []
-    last = {s.ids[-1] for s in data.train}
-    assert last == {ids["<|eot|>"]}, "which is only predicted where an answer ends a row"
     embeddings[ids["<|turn|>"]] = 0  # is not used
     assert facts.unseen_tokens(data, tokenizer, embeddings) == []
     embeddings[ids["<|eot|>"]] *= 0.01
@@ -433,6 +443,8 @@ def test_special_tokens_that_the_model_has_not_learned(tmp_path):
     assert facts.unseen_tokens(data, tokenizer, embeddings) == ["<|head|>", "<|/head|>", "<|eot|>"]
     texts = load(split_folder(tmp_path, [{"text": "a"}]), chat_tokenizer(bos=False))
     assert facts.unseen_tokens(texts, tokenizer, embeddings) == []
+    embeddings[tokenizer.eos_token_id] = 0  # which ends a text, and is only predicted
+    assert facts.unseen_tokens(texts, tokenizer, embeddings) == [tokenizer.eos_token]
 
 
 def test_tokens_that_end_turns_and_do_not_stop_generation(tmp_path):

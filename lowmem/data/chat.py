@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime, time
 
 from lowmem.data.tokens import Encoder, check
@@ -76,10 +76,24 @@ class EndsInTheMiddle(Exception):
     """A token holds the end of a turn and the beginning of the next."""
 
 
-def _names(tool, text):
-    """Whether the text has the name of the tool, or of the tool that is called."""
-    name = (tool.get("function") or tool).get("name") if isinstance(tool, dict) else None
-    return isinstance(name, str) and name in text
+def _renamed(conversation):
+    """The conversation with names of tools that no text has, and {such a name: what is left out where it is not}."""
+    names = {}
+
+    def rename(tool, what):
+        if isinstance(tool.get("function"), dict):
+            return tool | {"function": rename(tool["function"], what)}
+        names[name := f"tool~{len(names)}~"] = what
+        return tool | {"name": name}
+
+    tools = [rename(tool, "the tools") for tool in conversation.tools or ()]
+    messages = [
+        message | {"tool_calls": [rename(call, f"the tool call of message {k}") for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for k, message in enumerate(conversation.messages)
+    ]
+    return replace(conversation, messages=messages, tools=tools or None), names
 
 
 def _says(text, content):
@@ -147,7 +161,7 @@ class Chats:
 
     def _rendered(self, where, conversation) -> list[Rendered]:
         """The whole conversation, or a text for each turn."""
-        if GENERATION.search(self.tokenizer.get_chat_template(tools=conversation.tools)):
+        if GENERATION.search(self._explained(where, self.tokenizer.get_chat_template, tools=conversation.tools)):
             return [self._tagged(where, conversation)]
         count = len(conversation.messages)
         whole = self.render(where, conversation, count)
@@ -175,12 +189,15 @@ class Chats:
 
     def _require_whole(self, where, conversation, text):
         """Refuse a conversation of which the template leaves something out: tools, their calls, a message, a role."""
-        lacking = ["the tools" for tool in conversation.tools or () if not _names(tool, text)]
-        for k, message in enumerate(conversation.messages):
-            if not all(_names(call, text) for call in message.get("tool_calls") or ()):
-                lacking.append(f"the tool call of message {k}")
-            if not _says(text, message["content"]):
-                lacking.append(f"the content of message {k}, of role {message['role']}")
+        lacking = [
+            f"the content of message {k}, of role {message['role']}"
+            for k, message in enumerate(conversation.messages)
+            if not _says(text, message["content"])
+        ]
+        if conversation.tools or any("tool_calls" in message for message in conversation.messages):
+            renamed, names = _renamed(conversation)
+            text = self.render(where, renamed, len(renamed.messages))
+            lacking = [what for name, what in names.items() if name not in text] + lacking
         if lacking:
             raise UserError(
                 f"{where}: the chat template leaves out {lacking[0]}: take a model whose template writes that, or take "

@@ -9,7 +9,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from lowmem.training import source
@@ -43,7 +43,8 @@ def rows(dataset: str, split: str) -> Iterator[tuple[str, dict]]:
                 yield from read(file)
         else:
             table = _table(dataset, split)
-            yield from _arrow_rows(map(_of_columns, table.iter(BLOCK)), f"dataset {dataset}, split {split}")
+            blocks = table.with_format("arrow").iter(BLOCK)
+            yield from _arrow_rows(blocks, table.features, f"dataset {dataset}, split {split}")
 
 
 def _path(dataset):
@@ -194,27 +195,33 @@ def _csv_rows(file):
 
 
 def _parquet_rows(file):
+    import datasets
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file) as content:
-        yield from _arrow_rows((block.to_pylist() for block in content.iter_batches(BLOCK)), str(file))
+        schema = content.schema_arrow
+        has_json = b"Json" in (schema.metadata or {}).get(b"huggingface", b"")
+        features = datasets.Features.from_arrow_schema(schema) if has_json else {}
+        yield from _arrow_rows(content.iter_batches(BLOCK), features, str(file))
 
 
-def _of_columns(block):
-    """The rows of a block that is {column: its values}."""
-    return (dict(zip(block, values, strict=True)) for values in zip(*block.values(), strict=True))
-
-
-def _arrow_rows(blocks: Iterable[Iterable[dict]], where):
+def _arrow_rows(blocks, features, where):
+    """blocks: Arrow tables or batches. features: {column: its type}, which datasets knows of columns with JSON."""
     number = 0
     for block in blocks:
-        for row in block:
-            yield f"{where}, row {number}", {name: _without_nones(value) for name, value in row.items()}
+        for row in block.to_pylist():
+            yield f"{where}, row {number}", {name: _value(value, features.get(name)) for name, value in row.items()}
             number += 1
 
 
-def _without_nones(value):
-    """The value, of whose dicts those keys are dropped that Arrow adds, since in a column all have the same."""
+def _value(value, feature):
+    """The value without those keys with None that Arrow adds, since in a column all dicts have the same.
+
+    What datasets keeps as JSON text, where objects of a column differ, is read, its nulls included.
+    """
     if isinstance(value, dict):
-        return {key: _without_nones(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nones(inner) for inner in value] if isinstance(value, list) else value
+        types = feature if isinstance(feature, dict) else {}
+        return {key: _value(inner, types.get(key)) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_value(inner, getattr(feature, "feature", None)) for inner in value]
+    return json.loads(value) if type(feature).__name__ == "Json" and isinstance(value, str) else value

@@ -145,7 +145,8 @@ def _message(message, name):
     message = {key: value for key, value in _object(message, name).items() if value is not None}
     calls = message.pop("tool_calls", None)
     if calls:
-        message["tool_calls"] = [_call(call) for call in _list(calls, f"{name}: tool_calls")]
+        calls = enumerate(_list(calls, f"{name}: tool_calls"))
+        message["tool_calls"] = [_call(call, f"{name}: tool_calls, entry {k}") for k, call in calls]
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise UserError(f"{name}: the role is {str(role)[:40]!r}, and not {', '.join(ROLES)}")
@@ -156,12 +157,12 @@ def _message(message, name):
     return message | {"content": content or ""}
 
 
-def _call(call):
+def _call(call, name):
     """A tool call whose arguments are an object where they are JSON text, as OpenAI has them: templates write JSON."""
-    if not isinstance(call, dict):
-        return call  # what the template does not write is refused
-    if isinstance(call.get("function"), dict):
-        return call | {"function": _call(call["function"])}
+    if "function" in _object(call, name):
+        return call | {"function": _call(call["function"], f"{name}: function")}
+    if not isinstance(call.get("name"), str):
+        raise UserError(f"{name} has no name of a tool")
     try:
         arguments = json.loads(call["arguments"])
     except (KeyError, TypeError, ValueError, RecursionError):
