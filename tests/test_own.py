@@ -3,10 +3,12 @@
 import datetime
 import json
 import math
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmarks import tokenize_rows
 from support.chat_templates import CHATML, LLAMA, QWEN, chat_tokenizer
 from support.tiny import many_rows, write_jsonl
 from tokenizers import processors
@@ -130,6 +132,15 @@ def test_keys_without_a_value_are_none(tmp_path):
     row = {"messages": [m | {"tool_calls": None, "name": None} for m in chat("a", "b")["messages"]]}
     found = load(split_folder(tmp_path, [row, chat("a", "b")]), tokenizer).train
     assert found[0] == found[1]
+
+
+def test_the_benchmark_of_reading_runs(tmp_path):
+    """Both ways make the same tokens of its rows."""
+    rng = random.Random(0)
+    rows = [row for row in (tokenize_rows.conversation(rng) for _ in range(60)) if len(str(row)) < 2000]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    _, tokens, _ = tokenize_rows.ours(tmp_path / "rows.jsonl", CHAT)
+    assert tokens == tokenize_rows.by_map(tmp_path / "rows.jsonl", CHAT, str(tmp_path / "cache"))[-1]
 
 
 def test_rows_that_are_read_for_long_show_progress(tmp_path, monkeypatch, capsys):

@@ -134,7 +134,7 @@ class Chats:
                 "the tokenizer of --model has no chat template, which rows of messages need: take an instruction-tuned "
                 "model, or give rows with prompt and completion as text"
             )
-        self.day = day
+        self.day, self.asks_for_null = day, bool(ASKS_FOR_NULL.search(str(self.tokenizer.chat_template)))
         self.reserved = {*inspect.signature(self.tokenizer.apply_chat_template).parameters, "messages", "strftime_now"}
 
     def sequences(self, rows: list[tuple[str, Conversation]]) -> list[list[Sequence]]:
@@ -178,7 +178,7 @@ class Chats:
     def _messages(self, conversation, count=None):
         """The first ones as the template takes them: without a content "", or most write None beside a call."""
         messages = conversation.messages[:count]
-        if ASKS_FOR_NULL.search(str(self.tokenizer.chat_template)):
+        if self.asks_for_null:
             return messages
         return [message | {"content": message["content"] or ""} for message in messages]
 

@@ -55,8 +55,8 @@ def peak_gib():
 def ours(file, tokenizer):
     """(Seconds, tokens, GiB more than before) of reading the file as a run does."""
     args = SimpleNamespace(
-        dataset=str(file), train_rows=None, eval_rows=None, epochs=1, batch_size=8, seed=0, max_length=None,
-        train_on="answers", date="2026-01-01",
+        dataset=str(file), train_rows=None, eval_rows=None, epochs=1, max_steps=None, batch_size=8, seed=0,
+        max_length=None, train_on="answers", date="2026-01-01",
     )  # fmt: skip
     before, start = peak_gib(), time.perf_counter()
     data = own.load(args, tokenizer, max_tokens=10**6)
