@@ -179,31 +179,6 @@ def test_tools_and_calls_of_them():
     assert "Tools" not in texts(tokenizer, messages)[0]
 
 
-def test_a_call_without_a_content_as_templates_tell_it():
-    """DeepSeek's know a call by a content that is none; others would write `None`."""
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
-    tells = CHATML.replace("message.content", "(message.tool_calls[0].function.name if {} else message.content)")
-    for condition in ("message['content'] is none", "message.tool_calls"):
-        assert targets(chat_tokenizer(tells.replace("{}", condition)), [*say("a"), call]) == [["f<|im_end|>"]]
-    thinks = "{#- message.reasoning_content is none -#}"  # Qwen3's, which looks into the content
-    beside = thinks + CHATML.replace("message.content", "message.content ~ (message.tool_calls or '') | string")
-    (said,) = targets(chat_tokenizer(beside), [*say("a"), call])[0]
-    assert said.startswith("[{")
-
-
-@pytest.mark.parametrize(("written", "given"), [("| tojson", [{"x": 1}, '{"x": 1}']), ("", ['{"x": 1}'])])
-def test_arguments_are_written_once_as_json(written, given):
-    """Most templates write JSON; DeepSeek's take JSON text, as OpenAI has it."""
-    template = CHATML.replace(
-        "message.content",
-        f"(message.tool_calls[0].function.name + (message.tool_calls[0].function.arguments {written}) "
-        "if message.tool_calls else message.content)",
-    )
-    for arguments in given:
-        call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
-        assert targets(chat_tokenizer(template), [*say("a"), call]) == [['f{"x": 1}<|im_end|>']]
-
-
 def test_of_a_prompt_of_messages_only_the_completion_is_trained():
     messages = say("a", "b", "c", "d")
     assert targets(chat_tokenizer(CHATML), messages, first=3) == [["d<|im_end|>"]]

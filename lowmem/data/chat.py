@@ -4,7 +4,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, time
 
@@ -13,7 +13,6 @@ from lowmem.training.batches import Sequence
 from lowmem.training.errors import UserError
 
 GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")  # the tag of templates that say themselves what is trained
-ASKS_FOR_NULL = re.compile(r"(?<!_)content['\"]?\]? is none", re.IGNORECASE)  # a template that knows calls by it
 
 
 @dataclass(slots=True)
@@ -40,7 +39,7 @@ class Conversation:
     @property
     def size(self) -> int:
         """Characters of it, about."""
-        return sum(len(message["content"] or "") for message in self.messages)
+        return sum(len(message["content"]) for message in self.messages)
 
 
 @dataclass(slots=True)
@@ -77,41 +76,23 @@ class EndsInTheMiddle(Exception):
     """A token holds the end of a turn and the beginning of the next."""
 
 
-def _in_function(tool, edit, *more):
-    """The tool or call with its function edited, which may be itself."""
-    inner = tool.get("function")
-    return tool | {"function": edit(inner, *more)} if isinstance(inner, dict) else edit(tool, *more)
-
-
-def _edited(messages, edit):
-    """The messages, of which edit(function, number of the message) made other functions of the calls."""
-    return [
-        message | {"tool_calls": [_in_function(call, edit, k) for call in message["tool_calls"]]}
-        if "tool_calls" in message
-        else message
-        for k, message in enumerate(messages)
-    ]
-
-
-def _with_object(function, _):
-    """The function of a call whose arguments are an object, where they are JSON text of one."""
-    try:
-        arguments = json.loads(function["arguments"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return function
-    return function | {"arguments": arguments} if isinstance(arguments, dict) else function
-
-
 def _renamed(conversation):
     """The conversation with names of tools that no text has, and {such a name: what is left out where it is not}."""
     names = {}
 
-    def rename(function, what):
+    def rename(tool, what):
+        if isinstance(tool.get("function"), dict):
+            return tool | {"function": rename(tool["function"], what)}
         names[name := f"tool~{len(names)}~"] = what
-        return function | {"name": name}
+        return tool | {"name": name}
 
-    tools = [_in_function(tool, rename, "the tools") for tool in conversation.tools or ()]
-    messages = _edited(conversation.messages, lambda call, k: rename(call, f"the tool call of message {k}"))
+    tools = [rename(tool, "the tools") for tool in conversation.tools or ()]
+    messages = [
+        message | {"tool_calls": [rename(call, f"the tool call of message {k}") for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for k, message in enumerate(conversation.messages)
+    ]
     return replace(conversation, messages=messages, tools=tools or None), names
 
 
@@ -134,7 +115,7 @@ class Chats:
                 "the tokenizer of --model has no chat template, which rows of messages need: take an instruction-tuned "
                 "model, or give rows with prompt and completion as text"
             )
-        self.day, self.asks_for_null = day, bool(ASKS_FOR_NULL.search(str(self.tokenizer.chat_template)))
+        self.day = day
         self.reserved = {*inspect.signature(self.tokenizer.apply_chat_template).parameters, "messages", "strftime_now"}
 
     def sequences(self, rows: list[tuple[str, Conversation]]) -> list[list[Sequence]]:
@@ -142,7 +123,6 @@ class Chats:
         once others follow. Raises UserError, which names the row.
         """
         with _today_is(self.day):
-            rows = [(where, self._with_arguments(where, conversation)) for where, conversation in rows]
             made = self._tokenized([self._rendered(*row) for row in rows])
             by_turn = ([list(self._by_turn(*row))] for row, found in zip(rows, made, strict=True) if not found)
             return [found or self._tokenized(next(by_turn))[0] for found in made]
@@ -157,30 +137,12 @@ class Chats:
         return self._explained(
             where,
             self.tokenizer.apply_chat_template,
-            self._messages(conversation, count),
+            conversation.messages[:count],
             tools=conversation.tools,
             add_generation_prompt=prompt,
             tokenize=False,
             **self._variables(where, conversation),
         )
-
-    def _with_arguments(self, where, conversation):
-        """The conversation with calls' arguments as objects, where they are JSON text, as OpenAI has them: most
-        templates make JSON of them, and would twice. DeepSeek's take text alone.
-        """
-        with_objects = replace(conversation, messages=_edited(conversation.messages, _with_object))
-        if with_objects.messages != conversation.messages:
-            with suppress(UserError):
-                self.render(where, with_objects, len(with_objects.messages))
-                return with_objects
-        return conversation
-
-    def _messages(self, conversation, count=None):
-        """The first ones as the template takes them: without a content "", or most write None beside a call."""
-        messages = conversation.messages[:count]
-        if self.asks_for_null:
-            return messages
-        return [message | {"content": message["content"] or ""} for message in messages]
 
     def _variables(self, where, conversation):
         if taken := sorted(conversation.variables.keys() & self.reserved):
@@ -230,7 +192,7 @@ class Chats:
         lacking = [
             f"the content of message {k}, of role {message['role']}"
             for k, message in enumerate(conversation.messages)
-            if not _says(text, message["content"] or "")
+            if not _says(text, message["content"])
         ]
         if conversation.tools or any("tool_calls" in message for message in conversation.messages):
             renamed, names = _renamed(conversation)
@@ -264,7 +226,7 @@ class Chats:
         (text,), (turns,) = self._explained(
             where,
             render_jinja_template,
-            [self._messages(conversation)],
+            [conversation.messages],
             tools=conversation.tools,
             chat_template=self.tokenizer.get_chat_template(tools=conversation.tools),
             return_assistant_tokens_mask=True,

@@ -141,9 +141,7 @@ def _messages(value, name):
 
 
 def _message(message, name):
-    """A message, whose content is None only beside calls. The keys that Arrow adds, with None, and no calls are
-    dropped.
-    """
+    """A message as templates take it. The keys that Arrow adds, with None, are dropped, and calls of no tool."""
     message = {key: value for key, value in _object(message, name).items() if value is not None}
     calls = message.pop("tool_calls", None)
     if calls:
@@ -156,15 +154,20 @@ def _message(message, name):
         raise UserError(f"{name} has no content, and no tool_calls")
     if content is not None and not isinstance(content, str):
         raise UserError(f"{name}: the content is {_kind(content)}, where text belongs")
-    return message | {"content": content}
+    return message | {"content": content or ""}
 
 
 def _call(call, name):
+    """A tool call whose arguments are an object where they are JSON text, as OpenAI has them: templates write JSON."""
     if "function" in _object(call, name):
-        _call(call["function"], f"{name}: function")
-    elif not isinstance(call.get("name"), str):
+        return call | {"function": _call(call["function"], f"{name}: function")}
+    if not isinstance(call.get("name"), str):
         raise UserError(f"{name} has no name of a tool")
-    return call
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return call
+    return call | {"arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def _renamed(turn, name):
