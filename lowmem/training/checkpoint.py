@@ -23,7 +23,7 @@ from lowmem.training.errors import UserError
 from lowmem.training.models import CausalLM
 
 REST_BYTES = 2**20  # beside tensors and metrics: names, sums, what the file system needs
-FORMAT = 7  # of a checkpoint; one of another format is refused
+FORMAT = 8  # of a checkpoint; one of another format is refused
 FILE_BYTES = 2**27  # of a checkpoint's file; two copies of it, from a GPU three, are in host memory while it is written
 HASHED_BYTES = 2**25  # in host memory at a time, of files and weights that are hashed
 SUMS = "SHA256SUMS"  # as the command sha256sum writes and checks
