@@ -167,12 +167,13 @@ def say_special_tokens(args, lm: CausalLM, data: Data, tokenizer) -> None:
             "nothing, or alike): take --trained all, which trains them, or a model that knows them"
         )
     stops = getattr(lm.network.generation_config, "eos_token_id", None)
-    if missing := facts.missing_stop_tokens(data, tokenizer, stops):
+    missing, some_stop = facts.stops(data, tokenizer, stops)
+    if missing:
         print(
             f"these rows end answers with {', '.join(missing)}, at which generation does not stop: add it to "
             "eos_token_id in the saved model's generation_config.json"
         )
-    elif facts.never_stops(data, tokenizer, stops):
+    elif not some_stop:
         print(
             "no answer in these rows ends with a token at which generation stops (eos_token_id in the model's "
             "generation_config.json): it will not learn to end"

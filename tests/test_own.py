@@ -462,14 +462,11 @@ def test_tokens_that_end_turns_and_do_not_stop_generation(tmp_path):
     data = load(split_folder(tmp_path, [chat("a", "b")]))
     end = CHAT.convert_tokens_to_ids("<|im_end|>")
     for known in (None, CHAT.eos_token_id, [CHAT.eos_token_id]):
-        assert facts.missing_stop_tokens(data, CHAT, known) == ["<|im_end|>"]
+        assert facts.stops(data, CHAT, known) == (["<|im_end|>"], False)
     for known in (end, [CHAT.eos_token_id, end]):
-        assert facts.missing_stop_tokens(data, CHAT, known) == []
-        assert not facts.never_stops(data, CHAT, known)
-    assert facts.never_stops(data, CHAT, None)
-    assert facts.never_stops(data, CHAT, [CHAT.eos_token_id])
+        assert facts.stops(data, CHAT, known) == ([], True)
     whole = load(tmp_path, train_on="all")  # which ends with a line break
-    assert facts.missing_stop_tokens(whole, CHAT, None) == ["<|im_end|>"]
+    assert facts.stops(whole, CHAT, None) == (["<|im_end|>"], False)
 
 
 def test_of_long_stretches_the_beginning_and_the_end_are_marked():

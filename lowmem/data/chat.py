@@ -76,7 +76,7 @@ class EndsInTheMiddle(Exception):
     """A token holds the end of a turn and the beginning of the next."""
 
 
-def _renamed(conversation):
+def _with_odd_names(conversation):
     """The conversation with names of tools that no text has, and {such a name: what is left out where it is not}."""
     names = {}
 
@@ -195,7 +195,7 @@ class Chats:
             if not _says(text, message["content"])
         ]
         if conversation.tools or any("tool_calls" in message for message in conversation.messages):
-            renamed, names = _renamed(conversation)
+            renamed, names = _with_odd_names(conversation)
             text = self.render(where, renamed, len(renamed.messages))
             lacking = [what for name, what in names.items() if name not in text] + lacking
         if lacking:

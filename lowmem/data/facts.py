@@ -41,34 +41,21 @@ def unseen_tokens(data: Data, tokenizer, embeddings: torch.Tensor) -> list[str]:
     return [tokenizer.convert_ids_to_tokens(k) for k, is_unseen in zip(used, unseen.tolist(), strict=True) if is_unseen]
 
 
-def missing_stop_tokens(data: Data, tokenizer, stop_tokens: int | list[int] | None) -> list[str]:
-    """The special tokens that end what is trained, as a turn, white space left aside, and are not among the ids
-    `stop_tokens`.
+def stops(data: Data, tokenizer, stop_tokens: int | list[int] | None) -> tuple[list[str], bool]:
+    """The special tokens that end what is trained, as a turn, and at which generation would run on; and whether some of
+    it ends with a token at which generation stops. White space left aside.
 
-    stop_tokens: `eos_token_id` of the model's generation_config. Generation would run on behind such a token.
+    stop_tokens: `eos_token_id` of the model's generation_config.
     """
-    missing = sorted((_ends(data, tokenizer) & special_tokens(tokenizer)) - _ids(stop_tokens))
-    return tokenizer.convert_ids_to_tokens(missing)
-
-
-def never_stops(data: Data, tokenizer, stop_tokens: int | list[int] | None) -> bool:
-    """Whether nothing that is trained ends with one of the ids `stop_tokens`, white space left aside."""
-    return not _ends(data, tokenizer) & _ids(stop_tokens)
-
-
-def _ids(stop_tokens):
-    return {stop_tokens} if isinstance(stop_tokens, int) else set(stop_tokens or ())
-
-
-def _ends(data, tokenizer):
-    """The ids that end what is trained, as a turn, white space left aside."""
+    known = {stop_tokens} if isinstance(stop_tokens, int) else set(stop_tokens or ())
     is_space = functools.cache(lambda token: tokenizer.decode([token]).isspace())
     ends = set()
     for s in (*data.train, *data.scored):
         for start, end in s.spans:
             said = range(end - 1, start - 1, -1)
             ends.add(next((s.ids[at] for at in said if not is_space(s.ids[at])), s.ids[end - 1]))
-    return ends
+    missing = sorted((ends & special_tokens(tokenizer)) - known)
+    return tokenizer.convert_ids_to_tokens(missing), bool(ends & known)
 
 
 def marked(sequence: Sequence, tokenizer, most: int | None = None) -> str:
