@@ -71,7 +71,20 @@ def compile_layers(network: torch.nn.Module, backend: str = "inductor") -> None:
         for module in layer.modules():
             if any(p.ndim > 1 for p in module.parameters(recurse=False)):
                 module.forward = _not_compiled(module)
-        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)
+        layer.forward = _of_one_head_width(torch.compile(layer.forward, dynamic=True, backend=backend))
+
+
+def _of_one_head_width(forward):
+    """`forward` of a layer, which takes the width of a head, of the rotations that it is given, as a constant."""
+
+    @functools.wraps(forward)
+    def call(*args, **kwargs):
+        rotations = kwargs.get("position_embeddings")
+        for rotation in rotations if isinstance(rotations, tuple) else ():
+            torch._dynamo.mark_static(rotation, rotation.ndim - 1)
+        return forward(*args, **kwargs)
+
+    return call
 
 
 def _not_compiled(module):

@@ -104,12 +104,16 @@ def test_a_capture_needs_nothing_that_a_warm_up_has_not_compiled(architecture, m
 def test_activations_are_compiled_for_one_width_and_any_length():
     """Or else kernels found in the cache may be those of a model of another width, with blocks of its size."""
     torch._dynamo.reset()
-    shapes = []
+    shapes, rotated = [], []
 
     def backend(graph, inputs):
-        if any("silu" in str(node.target) for node in graph.graph.nodes):
-            values = [node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder"]
-            shapes.extend(value.shape for value in values if isinstance(value, torch.Tensor))
+        values = [node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder"]
+        found = [value.shape for value in values if isinstance(value, torch.Tensor)]
+        targets = {str(node.target) for node in graph.graph.nodes}
+        if any("silu" in target for target in targets):
+            shapes.extend(found)
+        if any("neg" in target for target in targets):
+            rotated.extend(shape[-1] for shape in found if len(shape) == 4)
         return graph.forward
 
     model = make_model("llama")
@@ -119,6 +123,7 @@ def test_activations_are_compiled_for_one_width_and_any_length():
     assert [shape[-1] for shape in shapes] == [model.config.intermediate_size]
     assert isinstance(shapes[0][-1], int)
     assert not isinstance(shapes[0][-2], int)
+    assert rotated == [model.config.head_dim] * 2, "queries and keys"
 
 
 @pytest.mark.slow
