@@ -75,7 +75,7 @@ def compile_layers(network: torch.nn.Module, backend: str = "inductor") -> None:
 
 
 def _of_one_head_width(forward):
-    """`forward` of a layer, which takes the width of a head, of the rotations that it is given, as a constant."""
+    """A compiled layer's `forward` that takes the rotations' width, a head's, as a constant: see `_not_compiled`."""
 
     @functools.wraps(forward)
     def call(*args, **kwargs):

@@ -151,6 +151,7 @@ def memory_and_speed():
 def without_padding():
     """The same cases with rows padded to one length, as they were before, and in one line."""
     before, now, rows = cases("padded-h200.json"), cases("headline-h200.json"), []
+    now = {name: now[name] for name in before}
     for name, old in before.items():
         new = now[name]
         figures = [(peak(c), f"{c['rows_per_second']:.1f}", f"{c['tokens_per_second']:,.0f}") for c in (old, new)]
