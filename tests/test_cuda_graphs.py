@@ -104,16 +104,14 @@ def test_a_capture_needs_nothing_that_a_warm_up_has_not_compiled(architecture, m
 def test_activations_are_compiled_for_one_width_and_any_length():
     """Or else kernels found in the cache may be those of a model of another width, with blocks of its size."""
     torch._dynamo.reset()
-    shapes, rotated = [], []
+    shapes, rotations = [], []
 
-    def backend(graph, inputs):
-        values = [node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder"]
-        found = [value.shape for value in values if isinstance(value, torch.Tensor)]
-        targets = {str(node.target) for node in graph.graph.nodes}
-        if any("silu" in target for target in targets):
-            shapes.extend(found)
-        if any("neg" in target for target in targets):
-            rotated.extend(shape[-1] for shape in found if len(shape) == 4)
+    def backend(graph, _):
+        inputs = {node.name: node.meta.get("example_value") for node in graph.graph.nodes if node.op == "placeholder"}
+        found = {name: value.shape for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        if any("silu" in str(node.target) for node in graph.graph.nodes):
+            shapes.extend(found.values())
+        rotations.extend(shape for name, shape in found.items() if "position_embeddings" in name)
         return graph.forward
 
     model = make_model("llama")
@@ -123,7 +121,8 @@ def test_activations_are_compiled_for_one_width_and_any_length():
     assert [shape[-1] for shape in shapes] == [model.config.intermediate_size]
     assert isinstance(shapes[0][-1], int)
     assert not isinstance(shapes[0][-2], int)
-    assert rotated == [model.config.head_dim] * 2, "queries and keys"
+    assert [shape[-1] for shape in rotations] == [model.config.head_dim] * 2, "cosines and sines"
+    assert all(isinstance(shape[-1], int) and not isinstance(shape[-2], int) for shape in rotations)
 
 
 @pytest.mark.slow
