@@ -101,6 +101,7 @@ class RunningSoftmax:
     def __init__(self, head: Head, scaled: torch.Tensor, targets: torch.Tensor, needs_gradient: bool):
         self.head, self.scaled, self.targets, self.needs_gradient = head, scaled, targets, needs_gradient
         self.max_logit = scaled.new_full((len(targets), 1), -math.inf, dtype=torch.float32)
+        self.likeliest = torch.full_like(targets, -1)[:, None]  # the first of equal ones, as argmax has it
         self.sum_exp, self.target_logit, self.weighted_sum, self.target_direction = 0.0, 0.0, 0.0, 0.0
 
     def add(self, piece: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -110,6 +111,9 @@ class RunningSoftmax:
         here = ((self.targets >= piece.start) & (self.targets < piece.stop))[:, None]
         self.target_logit = self.target_logit + here * logits.gather(1, at)
         slope = softcap_slope(self.head, logits) if self.needs_gradient else None
+        if not self.needs_gradient:
+            largest, token = logits.max(1, keepdim=True)
+            self.likeliest = torch.where(largest > self.max_logit, piece.start + token, self.likeliest)
         new_max = torch.maximum(self.max_logit, logits.amax(1, keepdim=True))
         shrink, e = (self.max_logit - new_max).exp(), logits.sub_(new_max).exp_()
         self.max_logit, self.sum_exp = new_max, self.sum_exp * shrink + e.sum(1, keepdim=True)
@@ -128,7 +132,7 @@ class RunningSoftmax:
 
     def scores(self) -> torch.Tensor:
         """fp32 [n, 2], see `Head.score_targets`."""
-        return torch.stack([self.log_probs(), (self.target_logit >= self.max_logit).squeeze(1).float()], 1)
+        return torch.stack([self.log_probs(), (self.likeliest.squeeze(1) == self.targets).float()], 1)
 
     def gradient(self) -> torch.Tensor:
         """fp32 [n, width]: of each log-probability by its hidden state."""

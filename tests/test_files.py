@@ -3,10 +3,13 @@
 import csv
 import gzip
 import json
+import os
 import tracemalloc
 from itertools import islice
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from lowmem.data import files
@@ -86,6 +89,22 @@ def test_folders_of_save_to_disk(tmp_path):
     assert found(tmp_path / "two", "eval") == [ROWS[5], ROWS[2]]
     with pytest.raises(UserError, match="has no split test, only train, eval"):
         found(tmp_path / "two", "test")
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.table([["one"], ["two"]], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="t.parquet, names the column 'text' twice"):
+        found(tmp_path / "t.parquet")
+
+
+def test_what_is_no_file_is_not_asked_of_the_hub(tmp_path):
+    for name in ("t.jsonl", "t.csv", "t.parquet"):
+        with pytest.raises(UserError, match=rf"{name}: there is no such file"):
+            files.splits(str(tmp_path / name))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is neither a file nor a folder"):
+        files.splits(str(tmp_path / "pipe"))
 
 
 def test_a_hub_data_set(monkeypatch):

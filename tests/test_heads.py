@@ -4,8 +4,9 @@ import pytest
 import torch
 import transformers
 from support.tiny import ARCHITECTURES, make_model
-from support.training import make_batch
+from support.training import CPU, make_batch
 
+from lowmem import streaming
 from lowmem.training import heads
 from lowmem.training.batches import Sequence
 from lowmem.training.data import Data
@@ -35,6 +36,18 @@ def test_logits_and_log_probs_are_the_models_own(architecture, monkeypatch):
         torch.testing.assert_close(found[:, 0], scores, atol=1e-5, rtol=1e-5)
         assert torch.equal(found[:, 1], (own.argmax(-1) == batch.targets).float())
     check(model, head, batch)
+
+
+def test_of_equal_logits_one_is_the_likeliest():
+    """A model of which nothing is left predicts one token, not each."""
+    model = make_model("llama")
+    model.lm_head.weight.data.zero_()
+    hidden, targets = torch.randn(5, model.config.hidden_size), torch.tensor([3, 0, 7, 0, 399])
+    whole = heads.Head(model)
+    pieces = streaming.StreamedHead(model, streaming.CopyStreams(CPU), CPU, piece_bytes=4096)
+    for head in (whole, pieces):
+        with torch.no_grad():
+            assert head.score_targets(hidden, targets)[:, 1].tolist() == [0, 1, 0, 1, 0]
 
 
 class OddHead(transformers.LlamaForCausalLM):

@@ -4,8 +4,10 @@ import datetime
 import json
 import math
 import random
+import re
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from benchmarks import tokenize_rows
@@ -163,6 +165,69 @@ def test_calls_of_no_tool_are_none_and_arguments_may_be_json_text(tmp_path):
     assert '⟦{"name": "f", "arguments": {"x": "1"}}<|eot|>⟧' in found[2]
 
 
+@pytest.mark.parametrize("arguments", ['{"x": 1', "", "[1]", "null", 5, [1]])
+def test_arguments_that_are_no_object_are_refused(arguments, tmp_path):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    row = {"messages": [chat("a", "b")["messages"][0], call]}
+    with pytest.raises(UserError, match="line 1: messages, entry 1: tool_calls, entry 0: function: arguments is "):
+        load(split_folder(tmp_path, [row]), chat_tokenizer(LLAMA))
+
+
+def test_calls_in_conversations_are_those_in_messages(tmp_path):
+    tokenizer = chat_tokenizer(LLAMA)
+    asked, called = {"from": "human", "value": "a"}, {"from": "gpt", "value": None, "tool_calls": CALL}
+    as_messages = {"messages": [chat("a", "b")["messages"][0], {"role": "assistant", "tool_calls": CALL}]}
+    rows = [{"conversations": [asked, called]}], [as_messages]
+    found, same = (load(split_folder(tmp_path, form), tokenizer).train for form in rows)
+    assert found == same
+    assert '⟦{"name": "f", "arguments": {}}<|eot|>⟧' in shown(found, tokenizer)[0]
+
+
+def test_what_a_template_does_not_read_of_messages_is_said_and_counted(tmp_path, capsys):
+    """CHATML reads role and content alone; of its variables' names `message` is one, and `messages` none of a message."""
+    user, answer = chat("a", "b")["messages"]
+    rows = [chat("a", "b"), {"messages": [user, answer | {"reasoning_content": "c", "weight": 1}]}]
+    data = load(split_folder(tmp_path, [*rows, rows[1]], rows[:1]))
+    said = capsys.readouterr().out
+    for key in ("reasoning_content", "weight"):
+        assert re.search(
+            f"2 of the 3 rows of dataset .*, split train have messages with '{key}', which the chat t", said
+        )
+        assert data.counts[f"train_unread_key_{key}"] == 2
+    assert "split validation" not in said
+    reads = CHATML.replace("message.content", "(message.reasoning_content or '') + message.content")
+    tokenizer = chat_tokenizer(reads)
+    data = load(tmp_path, tokenizer)
+    assert "reasoning_content" not in capsys.readouterr().out
+    assert "⟦cb<|im_end|>⟧" in shown(data.train, tokenizer)[1]
+
+
+def test_an_answer_that_must_not_be_trained_is_refused(tmp_path):
+    """OpenAI's weight of 0, which would be trained."""
+    user, answer = chat("a", "b")["messages"]
+    rows = [{"messages": [user, answer | {"weight": 0}, user, answer | {"weight": 1}]}]
+    with pytest.raises(UserError, match="line 1: messages, entry 1 has weight 0, and all answers are trained: give"):
+        load(split_folder(tmp_path, rows))
+    rows = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}]}]
+    with pytest.raises(UserError, match="line 1: conversations, entry 1 has weight 0"):
+        load(split_folder(tmp_path, rows))
+
+
+def test_files_that_are_not_read_are_said(tmp_path, capsys):
+    folder = split_folder(tmp_path, [chat("a", "b")] * 12 + [chat("a", "c")], split="Validation")
+    for name in ("test.json.gz", "README.md", "trainer.py"):
+        (folder / name).touch()
+    data = load(folder)
+    assert "not read, for their names (docs/data.md): Validation.jsonl, test.json.gz\n" in capsys.readouterr().out
+    assert "of the split train" in data.origin
+
+
+def test_binary_data_are_named(tmp_path):
+    datasets.Dataset.from_list([{"text": b"a"}]).to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(UserError, match="row 0: text is bytes, where text belongs"):
+        load(tmp_path / "train.parquet")
+
+
 def test_every_token_is_trained_if_asked_for(tmp_path):
     data = load(split_folder(tmp_path, [chat("a", "b")]), train_on="all")
     (sequence,) = data.train
@@ -189,11 +254,13 @@ def test_rows_are_cut_at_their_ends_and_those_without_a_target_left_out(tmp_path
     assert max(s.tokens for s in data.train) == 4
     said = capsys.readouterr().out
     assert f"2 of the 3 rows of dataset {folder}, split train are longer than 4 tokens (--max_length): cut at" in said
-    assert f"1 of the 3 rows of dataset {folder}, split train have no answer within 4 tokens (--max_length)" in said
+    assert (
+        f"1 of the 3 rows of dataset {folder}, split train have nothing to train within 4 tokens (--max_length)" in said
+    )
     counts = {"train_rows": 2, "eval_rows": 1, "train_read": 3, "train_cut": 2, "train_without_target": 1}
     assert counts.items() <= data.counts.items()
     assert len(load(folder, max_tokens=4).train) == 2
-    with pytest.raises(UserError, match=r"no row can be used: 3 no answer within 1 tokens.* larger --max_"):
+    with pytest.raises(UserError, match=r"no row can be used: 3 have nothing to train within 1 tokens.* larger --max_"):
         load(folder, max_length=1)
     with pytest.raises(UserError, match="--max_length 201 is more than the 200 tokens that the model takes"):
         load(folder, max_length=201)
@@ -213,9 +280,9 @@ def test_rows_without_an_assistant_turn_are_left_out_and_counted(tmp_path, capsy
     data = load(split_folder(tmp_path, rows, rows[1:2]))
     assert len(data.train) == 1
     assert "2 of the 3 rows of" in (said := capsys.readouterr().out)
-    assert "have no assistant turn: left out" in said
+    assert "have no assistant turn to train: left out" in said
     assert data.counts["train_without_assistant_turn"] == 2
-    with pytest.raises(UserError, match="no row can be used: 1 have no assistant turn: take other rows"):
+    with pytest.raises(UserError, match="no row can be used: 1 have no assistant turn to train: take other rows"):
         load(split_folder(tmp_path, rows[:1]))
 
 
@@ -317,6 +384,8 @@ def test_scores(tmp_path):
     assert scores.values.keys() == own.OwnData.SCORES.keys()
     worst = data.score(torch.tensor([-3.0, -torch.inf, -1e9], dtype=torch.float64), torch.tensor([0, 0, 0]))
     assert (worst.values["perplexity"], worst.finite) == (math.inf, False)
+    large = data.score(torch.full([3], -1e9, dtype=torch.float64), torch.tensor([0, 0, 0]))  # no JSON can hold it
+    assert (large.values["perplexity"], large.finite) == (math.inf, False)
 
 
 def test_content_tells_apart_what_is_scored_apart(tmp_path):
@@ -482,3 +551,8 @@ def test_marked():
     assert facts.marked(Sequence.ending(ids, len(ids) - start), CHAT) == "a\\\\b\\n⟦é 🙂 x⟧"
     sequence = Sequence.ending(ids, len(ids) - start).slice(0, len(ids) - 1)
     assert facts.marked(sequence, CHAT) == "a\\\\b\\n⟦é 🙂 ⟧"
+
+
+def test_what_shows_nothing_is_marked():
+    ids = CHAT("a\ufeff\u200b\u202e\U000e0041b", add_special_tokens=False)["input_ids"]
+    assert facts.marked(Sequence.ending(ids, 0), CHAT) == r"a\ufeff\u200b\u202e\U000e0041b⟦⟧"

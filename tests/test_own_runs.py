@@ -392,7 +392,7 @@ def test_rows_are_cut_at_the_length_that_is_asked_for(train, tmp_path, capsys):
     assert counts["train_without_target"] > 0
     assert counts.items() <= summary["data"].items()
     assert f"{counts['train_cut']} of the 40 rows of" in said
-    assert f"have no answer within {limit} tokens (--max_length): left out" in said
+    assert f"have nothing to train within {limit} tokens (--max_length): left out" in said
 
 
 def test_streamed_layers_train_as_resident_ones(train, chat_model, tmp_path, monkeypatch):
@@ -559,11 +559,19 @@ def test_a_dry_run_is_for_one_process_from_the_beginning(script, train, tmp_path
     folder = write_folder(tmp_path / "rows", "messages")
     alone = "--dry_run is for one process and from the beginning: leave --resume and torchrun out"
     train(script, "r", folder, "--max_steps", 1, *LITTLE)
-    with pytest.raises(UserError, match=alone):
-        train(script, "r", folder, "--dry_run", "--resume")
+    for name in ("r", "other"):
+        with pytest.raises(UserError, match=alone):
+            train(script, name, folder, "--dry_run", "--resume")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=alone):
         train(script, "s", folder, "--dry_run")
+
+
+def test_a_dry_run_needs_no_place_to_write(train, without_weights, tmp_path, capsys):
+    folder = write_folder(tmp_path / "rows", "messages")
+    flags = ["--dry_run", "--output_dir", folder / "train.jsonl"]
+    train("finetune_base", "r", folder, *flags, model=without_weights)
+    assert "are targets" in capsys.readouterr().out
 
 
 def test_a_dry_run_refuses_what_a_run_would(train, without_weights, tmp_path):
@@ -700,7 +708,7 @@ BAD = {
     "no chat template": (alone(*GOOD), None, (), "the tokenizer of --model has no chat template.* prompt and completion as text"),
     "a prompt that is no prefix": (jsonl({"messages": [{"role": "system", "content": "s"}, user("a"), assistant("b"), assistant("c")]}), "{% if messages[-1].role == 'user' %}S{% endif %}{% for m in messages %}{{ m.role + m.content }}{% endfor %}", (), "train.jsonl, line 1: with the answer, message 1, the chat template does not begin as it does without"),
     "turns that the template refuses": (jsonl({"messages": [user("a"), user("b"), assistant("c")]}), GEMMA, (), "train.jsonl, line 5: the chat template refuses it .Conversation roles must alternate"),
-    "all answers cut off": (alone(*GOOD), CHATML, ("--max_length", 3), "no row can be used: 4 no answer within 3 tokens .--max_length.: take a larger --max_length"),
+    "all answers cut off": (alone(*GOOD), CHATML, ("--max_length", 3), "no row can be used: 4 have nothing to train within 3 tokens .--max_length.: take a larger --max_length"),
     "broken JSON": (jsonl('{"messages": [}'), CHATML, (), "train.jsonl, line 5, is not JSON"),
     "half a line": (jsonl('{"messages": [{"role": "us'), CHATML, (), "train.jsonl, line 5, is not JSON"),
     "a line that is no row": (jsonl("[1]"), CHATML, (), "train.jsonl, line 5, is not a row"),
@@ -739,7 +747,7 @@ def test_a_bad_input_ends_in_one_line(name, script, chat_model, tmp_path, monkey
 def test_a_row_without_an_assistant_turn_is_left_out_where_others_have_one(train, tmp_path, capsys):
     jsonl({"messages": [user("a")]}, {"messages": []})(tmp_path / "rows")
     summary, _ = train("finetune_base", "r", tmp_path / "rows", "--epochs", 1, *LITTLE)
-    assert f"2 of the 6 rows of dataset {tmp_path / 'rows'}, split train have no assistant turn: left out" in (
+    assert f"2 of the 6 rows of dataset {tmp_path / 'rows'}, split train have no assistant turn to train: left out" in (
         capsys.readouterr().out
     )
     assert (summary["rows"], summary["data"]["train_without_assistant_turn"]) == (4, 2)

@@ -1,6 +1,7 @@
 """What a run writes and prints: metrics, TensorBoard, the first screen, the closing table. python -m pytest tests/test_records.py"""
 
 import json
+import math
 import re
 import time
 
@@ -9,6 +10,7 @@ from support.runs import assert_same_run, both_scripts, lines
 from support.tiny import make_model
 
 import common
+from lowmem.data import own
 from lowmem.training import memory, records
 from lowmem.training.batches import Sequence
 from lowmem.training.data import Data
@@ -116,6 +118,17 @@ def test_records_have_no_gap_and_no_repeat_when_resumed_between_log_lines(run, t
         assert set(board.Runs()[name]["scalars"]) == tags
         assert [event.step for event in board.Scalars(name, "train/train_loss")] == [10, 20, 30]
         assert [event.step for event in board.Scalars(name, "eval/acc")] == [0, 15, 30]
+
+
+def test_columns_of_the_table_stay_apart(capsys, tmp_path):
+    """A perplexity may have two hundred digits."""
+    scores = {"nll": 500.0, "perplexity": math.exp(500), "token_accuracy": 1.5}
+    summary = {
+        "script": "s", "run_name": "r", "steps": 1, "rows": 0, "train_seconds": 2.0, "seconds_to_first_step": None, "skipped_updates": 0,
+        "ranks": 1, "memory_gib": {}, "ledger_gib": {}, "eval": [{"epoch": 0, "rows": 16} | scores],
+    }  # fmt: skip
+    records.print_summary(summary, tmp_path / "r", own.OwnData.SCORES)
+    assert f" 500.0000  {math.exp(500):.3f}  " in capsys.readouterr().out
 
 
 def test_data_describe_themselves():

@@ -115,6 +115,8 @@ class Chats:
                 "the tokenizer of --model has no chat template, which rows of messages need: take an instruction-tuned "
                 "model, or give rows with prompt and completion as text"
             )
+        templates = self.tokenizer.chat_template  # some have one for tools
+        self.template = templates if isinstance(templates, str) else "\n".join(templates.values())
         self.day = day
         self.reserved = {*inspect.signature(self.tokenizer.apply_chat_template).parameters, "messages", "strftime_now"}
 
@@ -126,6 +128,11 @@ class Chats:
             made = self._tokenized([self._rendered(*row) for row in rows])
             by_turn = ([list(self._by_turn(*row))] for row, found in zip(rows, made, strict=True) if not found)
             return [found or self._tokenized(next(by_turn))[0] for found in made]
+
+    def unread_keys(self, conversation: Conversation) -> set[str]:
+        """The keys of messages, beside role, content and tool_calls, whose names are nowhere in the chat template."""
+        keys = {key for message in conversation.messages for key in message} - {"role", "content", "tool_calls"}
+        return {key for key in keys if not re.search(rf"\b{re.escape(key)}\b", self.template)}
 
     # Text
 
@@ -213,8 +220,8 @@ class Chats:
             if not until.startswith(prompt):
                 raise UserError(
                     f"{where}: with the answer, message {k}, the chat template does not begin as it does without, so "
-                    "that what is to be learned is unknown: put a system message into the first user message, begin "
-                    "with a user message, or take the row out"
+                    "that what is to be learned is unknown: put a system message into the first user message, let user "
+                    "and assistant take turns, or take the row out"
                 )
             yield Rendered(where, until, [(len(prompt), len(until))])
 

@@ -11,7 +11,9 @@ from lowmem.training.data import Data
 
 SMALL = 1 / 4  # of the median norm: the embedding of a token that was never trained
 SAME = 0.01  # of its norm: so near is the embedding of another one that was not trained either
-UNPRINTED = re.compile(r"[\\\x00-\x1f\x7f-\xa0\u2028-\u202e\u2066-\u2069]")  # what a terminal would act upon
+UNPRINTED = re.compile(  # what a terminal would act upon, and what shows nothing
+    r"[\\\x00-\x1f\x7f-\xa0\xad\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\uffff\U000e0000-\U000e007f]"
+)
 SAMPLE = 4096  # rows of an embedding matrix of which the median norm is taken
 
 

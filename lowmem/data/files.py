@@ -16,6 +16,7 @@ from lowmem.training import source
 from lowmem.training.errors import UserError
 
 HELD_OUT = ("validation", "val", "valid", "dev", "test", "eval")  # the first of these splits that there is
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 BLOCK = 1000  # rows of an Arrow file at a time
 
 
@@ -34,6 +35,16 @@ def splits(dataset: str) -> list[str]:
         return [name for name in ("train", *HELD_OUT) if _candidates(path, name)]
 
 
+def not_read(dataset: str) -> list[str]:
+    """The names of a folder's files that begin as a split's do, and do not fit: Validation.jsonl, test.zip."""
+    path = _path(dataset)
+    if not path.is_dir() or _saved(path):
+        return []
+    fitting = {file for name in ("train", *HELD_OUT) for file in _candidates(path, name)}
+    like_a_split = re.compile(rf"(?:train|{'|'.join(HELD_OUT)})[._-].*", re.IGNORECASE)
+    return [file.name for file in _files(path) if like_a_split.fullmatch(file.name) and file not in fitting]
+
+
 def rows(dataset: str, split: str) -> Iterator[tuple[str, dict]]:
     """Yield (where it is, row) of each row of a split. Raises UserError, which names file and line of any damage."""
     path = _path(dataset)
@@ -50,7 +61,12 @@ def rows(dataset: str, split: str) -> Iterator[tuple[str, dict]]:
 def _path(dataset):
     if not dataset:
         raise UserError("--dataset '' is no folder: give a hub id, a folder or a file")
-    return Path(dataset)
+    path = Path(dataset)
+    if path.name.endswith(SUFFIXES) and not path.exists():
+        raise UserError(f"--dataset {dataset}: there is no such file")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"--dataset {dataset} is neither a file nor a folder: write its rows into a .jsonl file")
+    return path
 
 
 def _table(dataset, split):
@@ -79,8 +95,11 @@ def _candidates(folder, split):
     pattern = re.compile(
         rf"({split}(?:-\d{{5}}-of-(\d{{5}}))?)(?:-[0-9a-f]{{16}})?(?:\..*)?\.(?:jsonl|jsonl\.gz|json|csv|parquet)"
     )
-    files = sorted([*folder.iterdir(), *(folder / "data").glob("*")], key=lambda file: file.name)
-    return {file: match for file in files if (match := pattern.fullmatch(file.name))}
+    return {file: match for file in _files(folder) if (match := pattern.fullmatch(file.name))}
+
+
+def _files(folder):
+    return sorted([*folder.iterdir(), *(folder / "data").glob("*")], key=lambda file: file.name)
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
@@ -166,7 +185,10 @@ def _json_rows(file):
     content = _parsed("".join(line for _, line in _lines(file)), str(file))
     content = content.get("data") if isinstance(content, dict) else content
     if not isinstance(content, list):
-        raise UserError(f"{file} holds neither an array of rows nor an object with such an array as `data`")
+        raise UserError(
+            f"{file} holds neither an array of rows nor an object with such an array as `data`: make it one of these, "
+            "or a .jsonl file with a row a line"
+        )
     for number, row in enumerate(content):
         yield f"{file}, row {number}", _checked(row, f"{file}, row {number}")
 
@@ -181,8 +203,7 @@ def _csv_rows(file):
             where, number = f"{file}, line {number}", reader.line_num + 1
             if header is None:
                 header = fields
-                if twice := sorted({name for name in header if header.count(name) > 1}):
-                    raise UserError(f"{where}, names the column {twice[0]!r} twice: take one of them out")
+                _require_one_of_each(header, where)
             elif fields and len(fields) != len(header):
                 raise UserError(
                     f"{where}, has {len(fields)} fields, and the first line {len(header)}: write a field with a comma, "
@@ -194,12 +215,18 @@ def _csv_rows(file):
         raise UserError(f"{file}, line {number}, is not CSV ({error}): mend it, or get it again") from error
 
 
+def _require_one_of_each(columns, where):
+    if twice := [name for name in columns if columns.count(name) > 1]:
+        raise UserError(f"{where}, names the column {twice[0]!r} twice: take one of them out")
+
+
 def _parquet_rows(file):
     import datasets
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file) as content:
         schema = content.schema_arrow
+        _require_one_of_each(schema.names, str(file))
         has_json = b"Json" in (schema.metadata or {}).get(b"huggingface", b"")
         features = datasets.Features.from_arrow_schema(schema) if has_json else {}
         yield from _arrow_rows(content.iter_batches(BLOCK), features, str(file))

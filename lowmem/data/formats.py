@@ -97,7 +97,7 @@ def read(row: dict, where: str, form: Format) -> Conversation | Document:
 
 def _kind(value):
     kinds = {str: "text", list: "a list", dict: "an object", type(None): "null", bool: "true or false"}
-    return kinds.get(type(value), "a number")
+    return (kinds | {int: "a number", float: "a number"}).get(type(value), type(value).__name__)
 
 
 def _text(row, name):
@@ -130,8 +130,12 @@ def _json(row, name):
     value = row.get(name)
     if not isinstance(value, str):
         return value
+    return _parsed(value, name) if value.strip() else None
+
+
+def _parsed(text, name):
     try:
-        return json.loads(value) if value.strip() else None
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name} is text, but no JSON ({str(error)[:100]})") from error
 
@@ -152,27 +156,32 @@ def _message(message, name):
         raise UserError(f"{name}: the role is {str(role)[:40]!r}, and not {', '.join(ROLES)}")
     if content is None and not (role == "assistant" and message.get("tool_calls")):
         raise UserError(f"{name} has no content, and no tool_calls")
+    if role == "assistant" and message.get("weight") == 0:  # OpenAI's
+        raise UserError(
+            f"{name} has weight 0, and all answers are trained: give lists of messages as prompt and completion, whose "
+            "prompt is not trained"
+        )
     if content is not None and not isinstance(content, str):
         raise UserError(f"{name}: the content is {_kind(content)}, where text belongs")
     return message | {"content": content or ""}
 
 
 def _call(call, name):
-    """A tool call whose arguments are an object where they are JSON text, as OpenAI has them: templates write JSON."""
+    """A tool call whose arguments are an object, also where they are JSON text, as OpenAI has them."""
     if "function" in _object(call, name):
         return call | {"function": _call(call["function"], f"{name}: function")}
     if not isinstance(call.get("name"), str):
         raise UserError(f"{name} has no name of a tool")
-    try:
-        arguments = json.loads(call["arguments"])
-    except (KeyError, TypeError, ValueError, RecursionError):
+    if (arguments := call.get("arguments")) is None:
         return call
-    return call | {"arguments": arguments} if isinstance(arguments, dict) else call
+    name += ": arguments"
+    return call | {"arguments": _object(_parsed(arguments, name) if isinstance(arguments, str) else arguments, name)}
 
 
 def _renamed(turn, name):
-    """A message of an entry {from, value}."""
+    """A message of an entry {from, value}, with its other keys."""
     speaker = _object(turn, name).get("from")
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise UserError(f"{name}: `from` is {str(speaker)[:40]!r}, and not {', '.join(SPEAKERS)}")
-    return _message({"role": SPEAKERS[speaker], "content": turn.get("value")}, name)
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return _message(others | {"role": SPEAKERS[speaker], "content": turn.get("value")}, name)

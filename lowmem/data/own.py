@@ -1,5 +1,6 @@
 """Own data: the rows that --dataset names as sequences to train on and to be scored on."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ from lowmem.training.data import Data, Scores
 from lowmem.training.errors import UserError
 
 BATCH_ROWS, BATCH_CHARACTERS = 512, 2**20  # that are tokenized at a time, at most: some 100 MB while it is done
+UNREAD_KEY = "unread_key_"  # what counts of rows with such a key are called
 EVAL_ROWS, EVAL_SHARE = 200, 10  # held out where no split is: so many rows, at most one of so many
 
 
@@ -78,12 +80,14 @@ class OwnData(Data):
             "perplexity": nll.exp().item(),
             "token_accuracy": 100 * right.sum().item() / targets,
         }
-        return Scores(values, list(rows.values()), finite=log_likelihoods.isfinite().all().item())
+        return Scores(values, list(rows.values()), finite=math.isfinite(values["perplexity"]))  # beyond e^709 it is not
 
 
 def load(args, tokenizer, max_tokens: int) -> OwnData:
     """The sequences that --dataset gives; none to train on when --epochs is 0. Raises UserError."""
     reader, names = Reader(args, tokenizer, max_tokens), files.splits(args.dataset)
+    if others := files.not_read(args.dataset):
+        print(f"not read, for their names (docs/data.md): {', '.join(others)}")
     held_out = next((name for name in files.HELD_OUT if name in names), None)
     if held_out:
         train = reader.read("train", args.train_rows) if args.epochs else []
@@ -133,7 +137,7 @@ class Reader:
                 if kept := self._within_limit(sequences, counts):
                     rows.append(Row(number, kept))
         if not counts["read"]:
-            raise UserError(f"{name} is empty")
+            raise UserError(f"{name} is empty: give it rows")
         self._report(name, counts, len(rows))
         self.counts.update({f"{split}_{what}": count for what, count in counts.items()})
         return rows
@@ -145,10 +149,12 @@ class Reader:
             if self.form is None:
                 self._recognise(row, where)
             content = formats.read(row, where, self.form)
-            if self.form.kind is Conversation and not content.turns():
-                counts["without_assistant_turn"] += 1
-            else:
-                yield number, where, content
+            if self.form.kind is Conversation:
+                if not content.turns():
+                    counts["without_assistant_turn"] += 1
+                    continue
+                counts.update(UNREAD_KEY + key for key in self.maker.unread_keys(content))
+            yield number, where, content
 
     def _recognise(self, row, where):
         self.form, everything = formats.recognise(row, where), self.args.train_on == "all"
@@ -174,9 +180,8 @@ class Reader:
         turns, targets = counts["without_assistant_turn"], counts["without_target"]
         within = f" within {self.limit:,} tokens ({self.flag})" if counts["cut"] else ""
         if not kept:
-            why = [f"{turns:,} have no assistant turn"] * (turns > 0) + [f"{targets:,} no answer{within}"] * (
-                targets > 0
-            )
+            why = [f"{turns:,} have no assistant turn to train"] * (turns > 0)
+            why += [f"{targets:,} have nothing to train{within}"] * (targets > 0)
             raise UserError(
                 f"{name}: no row can be used: {', '.join(why)}: "
                 + ("take a larger --max_length" if counts["cut"] and self.args.max_length else "take other rows")
@@ -184,9 +189,13 @@ class Reader:
         if counts["cut"]:
             print(f"{counts['cut']:,} {of} are longer than {self.limit:,} tokens ({self.flag}): cut at their ends")
         if turns:
-            print(f"{turns:,} {of} have no assistant turn: left out")
+            print(f"{turns:,} {of} have no assistant turn to train: left out")
         if targets:
-            print(f"{targets:,} {of} have no answer{within}: left out")
+            print(f"{targets:,} {of} have nothing to train{within}: left out")
+        for what, count in counts.items():
+            if what.startswith(UNREAD_KEY):
+                key = what.removeprefix(UNREAD_KEY)
+                print(f"{count:,} {of} have messages with {key!r}, which the chat template does not read: left aside")
 
 
 def _batches(contents: Iterable[tuple]) -> Iterator[list[tuple]]:

@@ -123,5 +123,5 @@ class Encoder:
 def check(text: str, where: str) -> str:
     """The text, if tokenizers can read it. Raises UserError."""
     if "\0" in text or not text.isascii() and re.search("[\ud800-\udfff]", text):
-        raise UserError(f"{where} contains a NUL character or half of a surrogate pair: the file is damaged")
+        raise UserError(f"{where} contains a NUL character or half of a surrogate pair: mend the row or take it out")
     return text

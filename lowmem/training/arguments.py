@@ -126,6 +126,8 @@ def parse(made: Parser, argv: list[str] | None = None) -> argparse.Namespace:
         made.set_defaults(model=str(demo.folder("model")), dataset=str(demo.folder("dataset")), **made.demo_defaults)
         args = made.parse_args(argv)
     run_dir = Path(args.output_dir) / args.run_name
+    if args.dry_run and (args.resume or parallel.under_torchrun()):
+        raise UserError("--dry_run is for one process and from the beginning: leave --resume and torchrun out")
     if args.resume and not os.path.lexists(run_dir):  # so that a scheduler can repeat one command line
         print(f"--resume: there is no run {run_dir} yet: starting it")
         args.resume = False
@@ -138,11 +140,9 @@ def parse(made: Parser, argv: list[str] | None = None) -> argparse.Namespace:
         writable = existing.is_dir() and os.access(existing, os.W_OK) and bool(str(run_dir).encode())
     except (OSError, RuntimeError, UnicodeError):  # a name too long, links in a circle, bytes that are no UTF-8
         writable = False
-    if not writable:
+    if not (writable or args.dry_run):
         name = str(run_dir)[:200].encode(errors="backslashreplace").decode()
         raise UserError(f"{name} cannot be written: choose another --output_dir")
-    if args.dry_run and (args.resume or parallel.under_torchrun()):
-        raise UserError("--dry_run is for one process and from the beginning: leave --resume and torchrun out")
     args.date = parallel.gather_objects(day_of_run(run_dir if args.resume else None))[0]
     if args.resume and parallel.rank() == 0:
         with checkpoint.lock(run_dir):

@@ -74,11 +74,11 @@ class Head:
         return [tensor.split(size) for tensor in tensors]
 
     def score_targets(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """fp32 [n, 2]: log-probability of targets [n] after hidden [n, width]; 1 where no token is likelier, else 0."""
+        """fp32 [n, 2]: log-probability of targets [n] after hidden [n, width]; 1 for the likeliest token, else 0."""
         scores = []
         for h, t in zip(*self.blocks(hidden, targets), strict=True):
             logits = self.logits(h)
-            right = logits.gather(1, t[:, None]).squeeze(1) >= logits.amax(1)
+            right = logits.argmax(1) == t  # the largest logit alone would not do: of equal ones each has it
             scores.append(torch.stack([-F.cross_entropy(logits, t, reduction="none"), right.float()], 1))
         return torch.cat(scores)
 

@@ -133,7 +133,7 @@ def print_summary(summary: dict, folder: Path, scores: dict[str, tuple[str, str,
     width = max(12, *(len(heading) + 2 for heading in headings))
 
     def line(title, *cells):
-        print(f"{title:<24}" + "".join(f"{cell:>{width}}" for cell in cells))
+        print(f"{title:<24}" + "".join(f"  {cell:>{width - 2}}" for cell in cells))
 
     line(f"held-out rows: {summary['eval'][0]['rows']}", *headings)
     for e in summary["eval"]:
