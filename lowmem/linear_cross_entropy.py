@@ -111,10 +111,11 @@ class RunningSoftmax:
         here = ((self.targets >= piece.start) & (self.targets < piece.stop))[:, None]
         self.target_logit = self.target_logit + here * logits.gather(1, at)
         slope = softcap_slope(self.head, logits) if self.needs_gradient else None
+        largest = logits.amax(1, keepdim=True)
         if not self.needs_gradient:
-            largest, token = logits.max(1, keepdim=True)
-            self.likeliest = torch.where(largest > self.max_logit, piece.start + token, self.likeliest)
-        new_max = torch.maximum(self.max_logit, logits.amax(1, keepdim=True))
+            token = piece.start + logits.argmax(1, keepdim=True)
+            self.likeliest = torch.where(largest > self.max_logit, token, self.likeliest)
+        new_max = torch.maximum(self.max_logit, largest)
         shrink, e = (self.max_logit - new_max).exp(), logits.sub_(new_max).exp_()
         self.max_logit, self.sum_exp = new_max, self.sum_exp * shrink + e.sum(1, keepdim=True)
         if self.needs_gradient:

@@ -158,8 +158,8 @@ def _message(message, name):
         raise UserError(f"{name} has no content, and no tool_calls")
     if role == "assistant" and message.get("weight") == 0:  # OpenAI's
         raise UserError(
-            f"{name} has weight 0, and all answers are trained: give lists of messages as prompt and completion, whose "
-            "prompt is not trained"
+            f"{name} has weight 0, and all answers are trained: give lists of messages as prompt and completion, "
+            "of which the prompt is not trained, without that key"
         )
     if content is not None and not isinstance(content, str):
         raise UserError(f"{name}: the content is {_kind(content)}, where text belongs")
