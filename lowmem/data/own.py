@@ -195,7 +195,7 @@ class Reader:
         for what, count in counts.items():
             if what.startswith(UNREAD_KEY):
                 key = what.removeprefix(UNREAD_KEY)
-                print(f"{count:,} {of} have messages with {key!r}, which the chat template does not read: left aside")
+                print(f"{count:,} {of} have messages with {key!r}, which the chat template does not name: left aside")
 
 
 def _batches(contents: Iterable[tuple]) -> Iterator[list[tuple]]:
