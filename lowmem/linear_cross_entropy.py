@@ -101,7 +101,7 @@ class RunningSoftmax:
     def __init__(self, head: Head, scaled: torch.Tensor, targets: torch.Tensor, needs_gradient: bool):
         self.head, self.scaled, self.targets, self.needs_gradient = head, scaled, targets, needs_gradient
         self.max_logit = scaled.new_full((len(targets), 1), -math.inf, dtype=torch.float32)
-        self.likeliest = torch.full_like(targets, -1)[:, None]  # the first of equal ones, as argmax has it
+        self.likeliest = -1  # the first token of equal ones, as argmax has it; looked for where there is no gradient
         self.sum_exp, self.target_logit, self.weighted_sum, self.target_direction = 0.0, 0.0, 0.0, 0.0
 
     def add(self, piece: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

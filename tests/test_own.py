@@ -184,7 +184,7 @@ def test_calls_in_conversations_are_those_in_messages(tmp_path):
 
 
 def test_what_a_template_does_not_read_of_messages_is_said_and_counted(tmp_path, capsys):
-    """CHATML reads role and content alone; of its variables' names `message` is one, and `messages` none of a message."""
+    """CHATML reads role and content alone."""
     user, answer = chat("a", "b")["messages"]
     rows = [chat("a", "b"), {"messages": [user, answer | {"reasoning_content": "c", "weight": 1}]}]
     data = load(split_folder(tmp_path, [*rows, rows[1]], rows[:1]))
