@@ -8,7 +8,7 @@ Random weights in the exact Llama-3.1-8B shape, decoder layers trained, in bf16.
 gpu.py. TRL is set up for least memory, as its documentation has it: gradient checkpointing, optim="adafactor", bf16,
 Liger's loss if that package is there; padded with 8 rows a step, or packed to as many tokens as ours has a step. It
 trains every token, we the assistant's: the logits of all are made in its loss either way, so that its target tokens a
-second are given as the same share of its tokens.
+second are given as the same share of its tokens. The dry runs are the script's own, from start to exit, without weights.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from lowmem.training.memory import GIB
 
 OURS = ["low-memory 8B, not compiled, whole card", "8B, batch 8, 6 GiB"]
 TRL = {"TRL, padded, 8 rows": {"rows": 8, "packing": False}, "TRL, packed": {"rows": 1, "packing": True}}
+DRY = {"dry run": [], "dry run, 6 GiB": ["--memory_budget", "6"]}
 BEFORE, TIMED = 6, 16  # steps of TRL before those that are timed, and those
 MAX_LENGTH = 4096
 
@@ -42,6 +43,20 @@ def write_rows(file, count):
     rng = random.Random(0)
     with open(file, "w") as out:
         out.writelines(json.dumps(tokenize_rows.conversation(rng)) + "\n" for _ in range(count))
+
+
+def time_dry_run(case, args, rows):
+    """The result of a dry run of finetune_lowmem.py, `seconds` from start to exit. Raises CalledProcessError."""
+    with tempfile.TemporaryDirectory() as folder:
+        gpu.make_folder(args.shape, args.tokenizer, Path(folder, "model"))
+        argv = ["--run-name", "x", "--output_dir", folder, "--model", f"{folder}/model", "--dataset", rows, "--dry_run"]
+        script = Path(__file__).parents[2] / "finetune_lowmem.py"
+        command = [sys.executable, script, *argv, "--eval_rows", "200", *DRY[case]]
+        start = time.perf_counter()
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        seconds = time.perf_counter() - start
+    found = {"case": case, "commit": args.commit, "rows": args.rows, "seconds": seconds, "machine": gpu.machine()}
+    return found | gpu.plan(done.stdout)
 
 
 def train_with_trl(case, args):
@@ -112,8 +127,8 @@ def main():
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer with a chat template")
     parser.add_argument("--out", required=True, help="JSON; cases that it already holds are replaced, others kept")
     parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--shape", default="8B", choices=[*gpu.SHAPES], help="of TRL's cases")
-    parser.add_argument("--only", nargs="+", default=[*OURS, *TRL], choices=[*gpu.ALL_CASES, *TRL])
+    parser.add_argument("--shape", default="8B", choices=[*gpu.SHAPES], help="of TRL's cases and of dry runs")
+    parser.add_argument("--only", nargs="+", default=[*OURS, *TRL, *DRY], choices=[*gpu.ALL_CASES, *TRL, *DRY])
     parser.add_argument("--commit", default=gpu.commit())
     parser.add_argument("--case", choices=[*TRL], help="run this case in this process")
     parser.add_argument("--dataset", help="of --case")
@@ -124,12 +139,15 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         rows = f"{folder}/rows.jsonl"
         write_rows(rows, args.rows)
-        ours = [case for case in args.only if case not in TRL]
+        ours = [case for case in args.only if case not in TRL | DRY]
         where = ["--tokenizer", args.tokenizer, "--dataset", rows, "--out", args.out, "--commit", str(args.commit)]
         if ours:
             subprocess.run([sys.executable, Path(__file__).parent / "gpu.py", *where, "--only", *ours], check=True)
         out = Path(args.out)
         found = json.loads(out.read_text()) if out.exists() else {"cases": []}
+        for case in (case for case in args.only if case in DRY):
+            found["cases"] = [c for c in found["cases"] if c["case"] != case] + [time_dry_run(case, args, rows)]
+            out.write_text(json.dumps(found, indent=1))
         for case in (case for case in args.only if case in TRL):
             command = [sys.executable, __file__, *where, "--shape", args.shape, "--case", case]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -145,6 +163,9 @@ def main():
     for c in found["cases"]:
         if "failed" in c:
             print(f"{c['case']:<40} failed: {c['failed']}")
+            continue
+        if c["case"] in DRY:
+            print(f"{c['case']:<40}{c['predicted_gib']:>7.2f} GiB predicted, {c['seconds']:.0f} s")
             continue
         print(
             f"{c['case']:<40}{c['memory_gib']['train']['device']:>7.2f} GiB{c['rows_per_second']:>8.2f} rows/s"

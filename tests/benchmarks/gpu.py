@@ -375,6 +375,12 @@ def update_shares(found):
             )
 
 
+def plan(output):
+    """{layers_on_gpu, predicted_gib} as a run of finetune_lowmem.py said them; {} if it did not."""
+    said = re.search(r"(\d+) of \d+ decoder layers on the GPU.*predicted peak ([\d.]+)", output, re.DOTALL)
+    return {"layers_on_gpu": int(said[1]), "predicted_gib": float(said[2])} if said else {}
+
+
 def commit():
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return done.stdout.strip() or None
@@ -419,10 +425,7 @@ def main():
             out.write_text(json.dumps(found, indent=1))
             continue
         r = json.loads(done.stdout.splitlines()[-1]) | {"whole_run_seconds": time.perf_counter() - began}
-        if said := re.search(
-            r"(\d+) of \d+ decoder layers on the GPU.*predicted peak ([\d.]+)", done.stdout, re.DOTALL
-        ):
-            r |= {"layers_on_gpu": int(said[1]), "predicted_gib": float(said[2])}
+        r |= plan(done.stdout)
         found["cases"] = [c for c in found["cases"] if c["case"] != case] + [r]
         out.write_text(json.dumps(found, indent=1))
         train, evaluation = r["memory_gib"]["train"], r["memory_gib"]["eval"]
