@@ -288,6 +288,13 @@ def conversations():
 
 
 @block
+def dry_runs():
+    whole, within = (cases("chat-h200.json")[case] for case in ("dry run", "dry run, 6 GiB"))
+    where = f"{whole['machine']['card']}, commit {whole['commit'][:7]}, `tests/benchmarks/results/chat-h200.json`"
+    return f"{whole['seconds']:.0f} s, with `--memory_budget 6` {within['seconds']:.0f} s ({where})"
+
+
+@block
 def questions_and_answers():
     """Held-out NLL a token over each script's rates, and over seeds at its best one."""
     runs = [json.loads(line) for line in (RESULTS / "own-data-cpu.jsonl").read_text().splitlines()]
