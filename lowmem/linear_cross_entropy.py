@@ -101,7 +101,7 @@ class RunningSoftmax:
     def __init__(self, head: Head, scaled: torch.Tensor, targets: torch.Tensor, needs_gradient: bool):
         self.head, self.scaled, self.targets, self.needs_gradient = head, scaled, targets, needs_gradient
         self.max_logit = scaled.new_full((len(targets), 1), -math.inf, dtype=torch.float32)
-        self.likeliest = -1  # the first token of equal ones, as argmax has it; looked for where there is no gradient
+        self.likeliest = -1  # the first token of equal ones; looked for where there is no gradient
         self.sum_exp, self.target_logit, self.weighted_sum, self.target_direction = 0.0, 0.0, 0.0, 0.0
 
     def add(self, piece: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -110,11 +110,11 @@ class RunningSoftmax:
         at = (self.targets - piece.start).clamp(0, len(weight) - 1)[:, None]
         here = ((self.targets >= piece.start) & (self.targets < piece.stop))[:, None]
         self.target_logit = self.target_logit + here * logits.gather(1, at)
-        slope = softcap_slope(self.head, logits) if self.needs_gradient else None
-        largest = logits.amax(1, keepdim=True)
-        if not self.needs_gradient:
-            token = piece.start + logits.argmax(1, keepdim=True)
-            self.likeliest = torch.where(largest > self.max_logit, token, self.likeliest)
+        if self.needs_gradient:
+            slope, largest = softcap_slope(self.head, logits), logits.amax(1, keepdim=True)
+        else:
+            largest, token = logits.max(1, keepdim=True)
+            self.likeliest = torch.where(largest > self.max_logit, piece.start + token, self.likeliest)
         new_max = torch.maximum(self.max_logit, largest)
         shrink, e = (self.max_logit - new_max).exp(), logits.sub_(new_max).exp_()
         self.max_logit, self.sum_exp = new_max, self.sum_exp * shrink + e.sum(1, keepdim=True)

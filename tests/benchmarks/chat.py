@@ -145,9 +145,13 @@ def main():
             subprocess.run([sys.executable, Path(__file__).parent / "gpu.py", *where, "--only", *ours], check=True)
         out = Path(args.out)
         found = json.loads(out.read_text()) if out.exists() else {"cases": []}
-        for case in (case for case in args.only if case in DRY):
-            found["cases"] = [c for c in found["cases"] if c["case"] != case] + [time_dry_run(case, args, rows)]
+
+        def keep(result):
+            found["cases"] = [c for c in found["cases"] if c["case"] != result["case"]] + [result]
             out.write_text(json.dumps(found, indent=1))
+
+        for case in (case for case in args.only if case in DRY):
+            keep(time_dry_run(case, args, rows))
         for case in (case for case in args.only if case in TRL):
             command = [sys.executable, __file__, *where, "--shape", args.shape, "--case", case]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -158,8 +162,7 @@ def main():
             elif of_ours := next((c for c in found["cases"] if c["case"] in OURS), None):
                 share = of_ours["target_tokens_per_second"] / of_ours["tokens_per_second"]
                 r["target_tokens_per_second"] = share * r["tokens_per_second"]
-            found["cases"] = [c for c in found["cases"] if c["case"] != case] + [r | {"commit": args.commit}]
-            out.write_text(json.dumps(found, indent=1))
+            keep(r | {"commit": args.commit})
     for c in found["cases"]:
         if "failed" in c:
             print(f"{c['case']:<40} failed: {c['failed']}")
