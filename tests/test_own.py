@@ -220,6 +220,11 @@ def test_files_that_are_not_read_are_said(tmp_path, capsys):
     data = load(folder)
     assert "not read, for their names (docs/data.md): Validation.jsonl, test.json.gz\n" in capsys.readouterr().out
     assert "of the split train" in data.origin
+    for name in ("valid.jsonl", "dev.jsonl", "test.jsonl"):
+        (folder / name).write_text((folder / "train.jsonl").read_text())
+    data = load(folder)
+    assert "(docs/data.md): Validation.jsonl, dev.jsonl, test.json.gz, test.jsonl\n" in capsys.readouterr().out
+    assert data.origin == "split valid"
 
 
 def test_binary_data_are_named(tmp_path):
@@ -413,7 +418,7 @@ REFUSED = {
     "null for messages": ({"messages": None}, "messages is null, where a list belongs"),
     "texts for messages": ({"messages": ["a"]}, "messages, entry 0 is text, where an object belongs"),
     "an unknown role": (message(role="bot"), "messages, entry 0: the role is 'bot', and not system, developer, user, assistant, tool"),
-    "no role": (message(role=None), "messages, entry 0: the role is 'None'"),
+    "no role": (message(role=None), "messages, entry 0 has no role: give one of system, developer, user"),
     "no content": (message(content=None), "messages, entry 0 has no content, and no tool_calls"),
     "a call by the user": (message(content=None, tool_calls=CALL), "messages, entry 0 has no content"),
     "a list for content": (message(content=[{"type": "text", "text": "a"}]), "messages, entry 0: the content is a list, where text belongs"),

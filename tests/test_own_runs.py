@@ -708,6 +708,7 @@ BAD = {
     "no chat template": (alone(*GOOD), None, (), "the tokenizer of --model has no chat template.* prompt and completion as text"),
     "a prompt that is no prefix": (jsonl({"messages": [{"role": "system", "content": "s"}, user("a"), assistant("b"), assistant("c")]}), "{% if messages[-1].role == 'user' %}S{% endif %}{% for m in messages %}{{ m.role + m.content }}{% endfor %}", (), "train.jsonl, line 1: with the answer, message 1, the chat template does not begin as it does without"),
     "turns that the template refuses": (jsonl({"messages": [user("a"), user("b"), assistant("c")]}), GEMMA, (), "train.jsonl, line 5: the chat template refuses it .Conversation roles must alternate"),
+    "a broken template": (alone(*GOOD), CHATML + "{% for", (), "the chat template of --model is broken, line 7 .* mend it, or get it again"),
     "all answers cut off": (alone(*GOOD), CHATML, ("--max_length", 3), "no row can be used: 4 have nothing to train within 3 tokens .--max_length.: take a larger --max_length"),
     "broken JSON": (jsonl('{"messages": [}'), CHATML, (), "train.jsonl, line 5, is not JSON"),
     "half a line": (jsonl('{"messages": [{"role": "us'), CHATML, (), "train.jsonl, line 5, is not JSON"),

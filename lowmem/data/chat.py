@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime, time
 
+from jinja2 import TemplateSyntaxError
+
 from lowmem.data.tokens import Encoder, check
 from lowmem.training.batches import Sequence
 from lowmem.training.errors import UserError
@@ -162,6 +164,9 @@ class Chats:
             return call(*args, **settings)
         except (MemoryError, UserError):
             raise
+        except TemplateSyntaxError as error:
+            said = f"line {error.lineno} ({error.message}): mend it, or get it again"
+            raise UserError(f"the chat template of --model is broken, {said}") from error
         except Exception as error:
             text = " ".join(str(error).split())[:200]
             raise UserError(f"{where}: the chat template refuses it ({text}): mend the row or take it out") from error

@@ -35,12 +35,12 @@ def splits(dataset: str) -> list[str]:
         return [name for name in ("train", *HELD_OUT) if _candidates(path, name)]
 
 
-def not_read(dataset: str) -> list[str]:
-    """The names of a folder's files that begin as a split's do, and do not fit: Validation.jsonl, test.zip."""
+def not_read(dataset: str, names: tuple[str, ...]) -> list[str]:
+    """The names of a folder's files that begin as a split's do, and none of `names`: Validation.jsonl, test.zip."""
     path = _path(dataset)
     if not path.is_dir() or _saved(path):
         return []
-    fitting = {file for name in ("train", *HELD_OUT) for file in _candidates(path, name)}
+    fitting = {file for name in names for file in _candidates(path, name)}
     like_a_split = re.compile(rf"(?:train|{'|'.join(HELD_OUT)})[._-].*", re.IGNORECASE)
     return [file.name for file in _files(path) if like_a_split.fullmatch(file.name) and file not in fitting]
 

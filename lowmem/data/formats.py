@@ -152,6 +152,8 @@ def _message(message, name):
         calls = enumerate(_list(calls, f"{name}: tool_calls"))
         message["tool_calls"] = [_call(call, f"{name}: tool_calls, entry {k}") for k, call in calls]
     role, content = message.get("role"), message.get("content")
+    if role is None:
+        raise UserError(f"{name} has no role: give one of {', '.join(ROLES)}")
     if role not in ROLES:
         raise UserError(f"{name}: the role is {str(role)[:40]!r}, and not {', '.join(ROLES)}")
     if content is None and not (role == "assistant" and message.get("tool_calls")):

@@ -86,9 +86,9 @@ class OwnData(Data):
 def load(args, tokenizer, max_tokens: int) -> OwnData:
     """The sequences that --dataset gives; none to train on when --epochs is 0. Raises UserError."""
     reader, names = Reader(args, tokenizer, max_tokens), files.splits(args.dataset)
-    if others := files.not_read(args.dataset):
-        print(f"not read, for their names (docs/data.md): {', '.join(others)}")
     held_out = next((name for name in files.HELD_OUT if name in names), None)
+    if others := files.not_read(args.dataset, ("train", held_out or "train")):
+        print(f"not read, for their names (docs/data.md): {', '.join(others)}")
     if held_out:
         train = reader.read("train", args.train_rows) if args.epochs else []
         scored, origin = reader.read(held_out, args.eval_rows), f"split {held_out}"
@@ -227,8 +227,8 @@ def hold_out(rows: list[Row], most: int | None, seed: int, counts: Counter[str])
         print(f"{equal:,} rows to train on equal a held-out row: left out")
     if not train:
         raise UserError(
-            f"the {len(rows)} rows of the split train cannot be dealt out to train on and to be held out: give others, "
-            "or a split validation"
+            f"the {len(rows)} rows of the split train cannot be dealt out to train on and to be held out: give more "
+            "that differ, or a split validation"
         )
     return train, held_out
 
