@@ -48,6 +48,14 @@ SHAPES = {
     },
     "8B": LLAMA
     | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "tie_word_embeddings": False},
+    "70B": LLAMA
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "tie_word_embeddings": False,
+    },
 }
 # name: (script, shape, flags, (steps before timing, timed, profiled), GiB that the card may have or None)
 CASES = {
@@ -167,6 +175,7 @@ class Stopwatch:
     def __init__(self, before, timed, profiled):
         self.first, self.last, self.profiled = before, before + timed, profiled
         self.stamps, self.losses, self.kernels, self.context, self.tokens = [], [], {}, None, 0
+        self.spans = []  # of profiled kernels: (name, start, end), in µs
         self.plain, Run.after_step = Run.after_step, lambda run, loss: self.step(run, loss)
 
     def step(self, run, loss):
@@ -186,6 +195,8 @@ class Stopwatch:
             self.context = device_gib() - torch.cuda.memory_reserved() / GIB
             self.profiler.__exit__(None, None, None)
             self.updated = sum(p.numel() for p in run.lm.trained.values())
+            of_gpu = [e for e in self.profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+            self.spans = [(e.name, e.time_range.start, e.time_range.end) for e in of_gpu]
             for event in self.profiler.key_averages():
                 self.kernels[event.key] = (event.device_time_total / 1000 / self.profiled, event.count / self.profiled)
 

@@ -49,7 +49,14 @@ CASES = {
     "8B, two GPUs, batch 32, NCCL as it is": (2, "8B", ["--batch_size", "32"], (64, 32, 0), None, AS_IT_IS),
     "8B, one GPU, batch 128": (1, "8B", ["--batch_size", "128"], (20, 16, 0), None, {}),
     "8B, two GPUs, batch 128": (2, "8B", ["--batch_size", "128"], (20, 16, 0), None, {}),
+    "8B, four GPUs, batch 64": (4, "8B", ["--batch_size", "64"], (64, 32, 8), None, {}),
+    "8B, four GPUs, batch 64, NCCL as it is": (4, "8B", ["--batch_size", "64"], (64, 32, 8), None, AS_IT_IS),
+    "8B, eight GPUs, batch 128": (8, "8B", ["--batch_size", "128"], (64, 32, 8), None, {}),
     "32B, two GPUs": (2, "32B", [], (24, 24, 0), 40, {}),
+} | {
+    f"70B, {word} GPUs, batch {batch}": (gpus, "70B", ["--batch_size", f"{batch}"], (32, 16, 4), cap, {})
+    for word, gpus, cap in [("four", 4, 48), ("eight", 8, 40)]
+    for batch in (8, 32, 128)
 }
 KERNELS = {  # by what is in their names
     "matrix products": "nvjet|gemm",
@@ -57,7 +64,7 @@ KERNELS = {  # by what is in their names
     "FSDP2's copies": "split_with_sizes|chunk_cat|multi_tensor_apply",
     "update": f"^({'|'.join(gpu.UPDATE_KERNELS)})$",
 }
-CONTEXT_GIB = 1.7  # of a capped card that PyTorch does not count: CUDA, graphs, NCCL
+CONTEXT_GIB = 3.0  # of a capped card that PyTorch does not count: CUDA, graphs, NCCL
 
 
 def random_shares(name, dtype):
@@ -85,11 +92,26 @@ def random_shares(name, dtype):
     return model
 
 
+def alone(spans, names):
+    """Time in which kernels whose names match run, and no other, of [(name, start, end)]; in the unit of those."""
+    edges = []
+    for name, start, end in spans:
+        matches = re.search(names, name) is not None
+        edges += [(start, matches, 1), (end, matches, -1)]
+    running, found, before = {True: 0, False: 0}, 0.0, None
+    for time, matches, more in sorted(edges):
+        if running[True] and not running[False]:
+            found += time - before
+        running[matches] += more
+        before = time
+    return found
+
+
 def worker(name, args):
     """Run one case's rank in this process; rank 0 writes the result."""
     gpus, shape, flags, (before, timed, profiled), cap, _ = CASES[name]
     stopwatch = gpu.Stopwatch(before, timed, profiled)
-    checkpoint.save = lambda *args: None
+    checkpoint.save = checkpoint.require_disk = lambda *args: None
     cuda_graphs.GRAPHS_PAY_STEPS, cuda_graphs.COMPILING_PAYS_STEPS = 0, 0 if "compiled" in name else 10**9
     weights.load = random_shares if gpus > 1 and shape != "1B" else gpu.random_model
     plain = finetune_lowmem.Adafactor
@@ -101,6 +123,8 @@ def worker(name, args):
     argv += ["--eval_rows", "200" if shape == "1B" else "40", "--log_every", "20", "--no_save_model"]
     argv += ["--schedule", "constant", "--dataset", args.dataset]
     summary = finetune_lowmem.main([*argv, "--max_steps", str(before + timed + profiled), *flags])
+    if cap and (peak := summary["memory_gib"]["train"]["device"]) > cap:
+        sys.exit(f"{peak:.2f} GiB of a card were in use, more than {cap}: CONTEXT_GIB is too small")
     if parallel.rank() == 0:
         kept = ["memory_gib", "memory_of_rank", "ledger_gib", "eval", "seconds_to_first_step"]
         kept += ["skipped_updates", "versions"]
@@ -111,6 +135,7 @@ def worker(name, args):
                 kind: sum(ms for name, (ms, _) in stopwatch.kernels.items() if re.search(names, name))
                 for kind, names in KERNELS.items()
             }
+            result["only_communication_ms"] = alone(stopwatch.spans, KERNELS["communication"]) / 1000 / profiled
         Path(args.folder, "result.json").write_text(json.dumps(result | {"machine": gpu.machine()}))
 
 
@@ -179,13 +204,12 @@ def sizes(config):
     return 2 * layer / GIB, config["num_hidden_layers"], 2 * width * config["vocab_size"] / GIB
 
 
-LLAMA_70B = gpu.LLAMA | {
-    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-}  # fmt: skip
-
-
 def print_reckoning(cases):
-    for name, config, gpus in (("8B", gpu.SHAPES["8B"], 2), ("70B", LLAMA_70B, 8), ("70B", LLAMA_70B, 16)):
+    for name, config, gpus in (
+        ("8B", gpu.SHAPES["8B"], 2),
+        ("70B", gpu.SHAPES["70B"], 8),
+        ("70B", gpu.SHAPES["70B"], 16),
+    ):
         parts = reckon(cases, config, gpus)
         print(f"{name} on {gpus} GPUs, GiB: " + ", ".join(f"{part} {value:.1f}" for part, value in parts.items()))
         moved = parts["moved to each card in a step"] * GIB / 1e9
