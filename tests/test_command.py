@@ -81,7 +81,8 @@ def no_memory():
         return error
 
 
-LESS = "take a smaller --batch_size or --max_length (and another --run-name), or (low-memory) a smaller --memory_budget"
+LESS = "take a smaller --batch_size or --max_length (and another --run-name), more GPUs, or (low-memory, on one GPU) "
+LESS += "a smaller --memory_budget"
 RAN_OUT = {
     "the GPU's, as torch says it": (
         lambda: torch.OutOfMemoryError(

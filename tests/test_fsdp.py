@@ -4,6 +4,7 @@ process. python -m pytest tests/test_fsdp.py
 
 import json
 import math
+import signal
 import threading
 
 import pytest
@@ -13,7 +14,7 @@ from support import runs
 from support.commands import after_each_step
 from support.damage import change_json
 from support.quantized import QUANTIZED, quantized_pair
-from support.runs import assert_same_run, both_scripts, difference, lines, log_likelihoods, timeless
+from support.runs import assert_same_run, both_scripts, difference, last_line, lines, log_likelihoods, timeless
 from support.tiny import make_model
 from support.training import truth
 
@@ -380,6 +381,36 @@ def test_a_checkpoint_goes_on_with_another_number_of_ranks(script, before, after
         assert difference(straight, parts) < 2e-2
     if before != after:
         assert [line["step"] for line in timeless(straight)] == [line["step"] for line in timeless(parts)]
+
+
+KILLED_IN_STEP_8 = f"""
+import os, signal
+from lowmem.adafactor import Adafactor
+from lowmem.training import parallel
+plain_update = Adafactor.update
+def update(optimizer, p):
+    if parallel.rank() == 5 and getattr(optimizer, 'step_before', 0) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    plain_update(optimizer, p)
+Adafactor.update = update
+{after_each_step("run.optimizer.step_before = step")}
+"""
+
+
+@pytest.mark.slow
+def test_of_eight_ranks_one_is_killed_within_a_step_and_four_go_on(run_ranks, commands, argv, tmp_path):
+    """What others know of the lost step is gone with them: nothing of it is saved."""
+    flags = ["--batch_size", 8, "--max_steps", 12, "--save_every", 5, "--lr", "1e-3"]
+    ended = commands.run_ranks(8, "finetune_lowmem", *argv("parts", *flags), first=KILLED_IN_STEP_8)
+    assert [code for code, _, _ in ended] == [2] * 5 + [-signal.SIGKILL] + [2] * 2
+    lost = "error: another process of this run has ended or cannot be reached; the same command with --resume goes on from step 5"
+    assert last_line(ended[0][2]) == lost
+    assert [lines(tmp_path / "parts" / "metrics.jsonl")[-1][key] for key in ("step", "epoch")] == [7, 1]
+    flags += ["--schedule", "constant"]
+    parts = run_ranks(4, "finetune_lowmem", "parts", *flags, "--resume")
+    straight = run_ranks(4, "finetune_lowmem", "straight", *flags)
+    assert [line["step"] for line in timeless(straight)] == [line["step"] for line in timeless(parts)]
+    assert difference(straight, parts) < 2e-2
 
 
 @pytest.mark.slow

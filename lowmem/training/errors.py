@@ -46,8 +46,8 @@ def what_ran_out(error: BaseException) -> str | None:
         asked, free, allowed = (match and match[1] for match in (re.search(pattern, text) for pattern in words))
         missing = f"out of GPU memory: {asked or 'more'} asked, {free or 'less'} free"
         missing += f", {allowed} allowed" if allowed else ""
-        advice = "take a smaller --batch_size or --max_length (and another --run-name), or (low-memory) a smaller "
-        advice += "--memory_budget"
+        advice = "take a smaller --batch_size or --max_length (and another --run-name), more GPUs, or (low-memory, on "
+        advice += "one GPU) a smaller --memory_budget"
         return f"{missing}; {advice}"
     if isinstance(error, MemoryError) or re.search("can(no|')t (allocate memory|start new thread)", text, re.I):
         asked = re.search(r"tried to allocate (\d+) bytes|allocate ([\d.]+ \w+) for an array", text)

@@ -1,7 +1,7 @@
 """Memory, speed and loss of finetune_lowmem.py on one and on several GPUs: exact Llama shapes, random weights, real rows.
 
     python tests/benchmarks/ranks.py --tokenizer MODEL_FOLDER --dataset DATASET_FOLDER --out results.json
-    python tests/benchmarks/ranks.py --reckon results.json   # such results, compared, and what 70B needs by them
+    python tests/benchmarks/ranks.py --reckon results.json   # such results, compared, and 70B on more GPUs by them
 
 As gpu.py, whose parts it uses: each case is the real script, in a process for each GPU. Layers are not compiled, as in a
 run of fewer than 8,000 steps. With the demo's rows no graph is captured in the timed steps: each of their lengths came
@@ -34,6 +34,7 @@ AS_IT_IS = {
     "NCCL_MAX_CTAS": "32",
     "NCCL_GRAPH_MIXING_SUPPORT": "1",
 }
+FEW_BLOCKS = {"NCCL_MAX_CTAS": "8"}
 # name: (GPUs, shape, flags, (steps before timing, timed, profiled), GiB that each card may have or None, environment)
 CASES = {
     "1B, one GPU": (1, "1B", [], (64, 136, 0), None, {}),
@@ -51,9 +52,11 @@ CASES = {
     "8B, two GPUs, batch 128": (2, "8B", ["--batch_size", "128"], (20, 16, 0), None, {}),
     "8B, four GPUs, batch 64": (4, "8B", ["--batch_size", "64"], (64, 32, 8), None, {}),
     "8B, four GPUs, batch 64, NCCL as it is": (4, "8B", ["--batch_size", "64"], (64, 32, 8), None, AS_IT_IS),
+    "8B, four GPUs, batch 64, NCCL on 8 thread blocks": (4, "8B", ["--batch_size", "64"], (64, 32, 8), None, FEW_BLOCKS),
     "8B, eight GPUs, batch 128": (8, "8B", ["--batch_size", "128"], (64, 32, 8), None, {}),
     "32B, two GPUs": (2, "32B", [], (24, 24, 0), 40, {}),
-} | {
+}
+CASES |= {
     f"70B, {word} GPUs, batch {batch}": (gpus, "70B", ["--batch_size", f"{batch}"], (32, 16, 4), cap, {})
     for word, gpus, cap in [("four", 4, 48), ("eight", 8, 40)]
     for batch in (8, 32, 128)
@@ -64,7 +67,7 @@ KERNELS = {  # by what is in their names
     "FSDP2's copies": "split_with_sizes|chunk_cat|multi_tensor_apply",
     "update": f"^({'|'.join(gpu.UPDATE_KERNELS)})$",
 }
-CONTEXT_GIB = 3.0  # of a capped card that PyTorch does not count: CUDA, graphs, NCCL
+CONTEXT_GIB = 3.7  # of a capped card that PyTorch does not count: CUDA, graphs, NCCL; at 70B, batch 128
 
 
 def random_shares(name, dtype):
@@ -110,15 +113,21 @@ def alone(spans, names):
 def worker(name, args):
     """Run one case's rank in this process; rank 0 writes the result."""
     gpus, shape, flags, (before, timed, profiled), cap, _ = CASES[name]
+    cap = args.cap or cap
     stopwatch = gpu.Stopwatch(before, timed, profiled)
     checkpoint.save = checkpoint.require_disk = lambda *args: None
     cuda_graphs.GRAPHS_PAY_STEPS, cuda_graphs.COMPILING_PAYS_STEPS = 0, 0 if "compiled" in name else 10**9
-    weights.load = random_shares if gpus > 1 and shape != "1B" else gpu.random_model
+    make = random_shares if gpus > 1 and shape != "1B" else gpu.random_model
+
+    def load(*which):
+        if cap:  # only now: before the run has chosen its GPU and its allocator it would be another's
+            total = torch.cuda.mem_get_info()[1]
+            torch.cuda.set_per_process_memory_fraction((cap - CONTEXT_GIB) * GIB / total)
+        return make(*which)
+
+    weights.load = load
     plain = finetune_lowmem.Adafactor
     finetune_lowmem.Adafactor = lambda *a, **k: plain(*a, **k | ({"seed": 1} if "other rounding noise" in name else {}))
-    if cap:
-        total = torch.cuda.mem_get_info()[1]
-        torch.cuda.set_per_process_memory_fraction((cap - CONTEXT_GIB) * GIB / total)
     argv = ["--run-name", "x", "--output_dir", args.folder, "--model", f"{args.folder}/model"]
     argv += ["--eval_rows", "200" if shape == "1B" else "40", "--log_every", "20", "--no_save_model"]
     argv += ["--schedule", "constant", "--dataset", args.dataset]
@@ -151,13 +160,15 @@ def compare(cases):
         one = name.split(", NCCL")[0].replace("two GPUs", "one GPU")
         if one != name and at_one_commit(name, one):
             yield f"{name}: {case['rows_per_second'] / found[one]['rows_per_second']:.2f} times the rows/s of {one}"
+        if share := share_of_linear(case, cases):
+            yield f"{name}: {share:.2f} of {case['gpus']} times the rows/s of one GPU with as many rows a card"
         if "kernel_ms" in case:
             times = ", ".join(f"{kind} {ms:.0f}" for kind, ms in case["kernel_ms"].items())
             yield f"{name}: of a step of {case['ms_per_step']:.0f} ms, kernels that may run side by side, ms: {times}"
-    if pair := at_one_commit("8B, one GPU, batch 16", "8B, one GPU, batch 32"):
-        half, whole = pair
-        ratio = whole["ms_per_step"] / half["ms_per_step"]
-        yield f"8B, one GPU, batch 32: a step takes {ratio:.2f} times that of batch 16, two GPUs' if nothing went between them"
+        if alone_ms := case.get("only_communication_ms"):
+            yield f"{name}: communication alone runs {alone_ms:.0f} ms, {100 * alone_ms / case['ms_per_step']:.0f} % of a step"
+        if case["gpus"] > 1:
+            yield f"{name}: loss {losses(case)[0]:.2f} in the first 5 steps, {losses(case)[1]:.2f} in steps 26 to 30"
     if three := at_one_commit("1B, one GPU", "1B, one GPU, other rounding noise", "1B, two GPUs"):
         one, noise, two = three
         for name, other in (("two GPUs", two), ("other rounding noise", noise)):
@@ -171,29 +182,36 @@ def compare(cases):
             yield f"1B, {name} minus one GPU, held-out gold NLL after the last step: {nll:.4f}"
 
 
-def reckon(cases, config, gpus):
-    """{quantity: value} of a step of the Llama of `config` on so many GPUs, by the results of the 8B and 32B cases.
+def share_of_linear(case, cases):
+    """Rows/s of a case on several GPUs over that of so many times one GPU with as many rows a card; None if unknown."""
+    of_one = (case["case"].split(",")[0], 1, case["batch_size"] / case["gpus"], case["commit"])
+    for one in cases if case["gpus"] > 1 else ():
+        if "failed" not in one and of_one == (one["case"].split(",")[0], one["gpus"], one["batch_size"], one["commit"]):
+            return case["rows_per_second"] / one["rows_per_second"] / case["gpus"]
+    return None
 
-    GiB of each card; `gathered`, what is gathered of a layer, its gradients and activations, and `slack`, the allocator's,
-    in proportion to a layer's bytes, the larger of the two results; `graphs` in proportion to the number of layers.
+
+def losses(case):
+    """Its mean losses of steps 1 to 5 and 26 to 30."""
+    return statistics.mean(case["losses"][:5]), statistics.mean(case["losses"][25:30])
+
+
+def moved_gib(shape, gpus):
+    """GiB that a step moves to each of so many GPUs: layers for forward and backward, their gradients, the head."""
+    layer, count, head = sizes(gpu.SHAPES[shape])
+    return (3 * count * layer + head) * (gpus - 1) / gpus
+
+
+def reckon(case, gpus):
+    """(GiB of the fullest card, GiB moved to each in a step, GB/s, seconds at that rate) of a case on so many GPUs.
+
+    Weights are dealt out to them; all else on a card stays as large. The rate is that at which the case's communication
+    ran.
     """
-    found = {case["case"]: case for case in cases}
-    measured = [(found["8B, two GPUs"], "8B"), (found["32B, two GPUs"], "32B")]
-    layer, count, head = sizes(config)
-    parts = {"weights": (count * layer + head) / gpus, "gathered": 0.0, "slack": 0.0, "graphs": 0.0}
-    for case, shape in measured:
-        its_layer, its_count, _ = sizes(gpu.SHAPES[shape])
-        train, load = case["memory_gib"]["train"], case["memory_gib"]["load"]
-        context = load["device"] - load["reserved"]
-        own = {
-            "gathered": (train["allocated"] - case["ledger_gib"]["weights"]) * layer / its_layer,
-            "slack": (train["reserved"] - train["allocated"]) * layer / its_layer,
-            "graphs": (train["device"] - train["reserved"] - context) * count / its_count,
-        }
-        parts |= {name: max(parts[name], value) for name, value in own.items()}
-    parts["CUDA and NCCL"] = context
-    moved = (3 * count * layer + head) * (gpus - 1) / gpus  # gathered for forward and backward; gradients; the head
-    return parts | {"a card": sum(parts.values()), "moved to each card in a step": moved}
+    shape, peak = case["case"].split(",")[0], max(phase["device"] for phase in case["memory_gib"].values())
+    share, moved = case["ledger_gib"]["weights"], moved_gib(shape, gpus)
+    rate = moved_gib(shape, case["gpus"]) * GIB / 1e6 / case["kernel_ms"]["communication"]
+    return peak - share + share * case["gpus"] / gpus, moved, rate, moved * GIB / 1e9 / rate
 
 
 def sizes(config):
@@ -204,17 +222,17 @@ def sizes(config):
     return 2 * layer / GIB, config["num_hidden_layers"], 2 * width * config["vocab_size"] / GIB
 
 
-def print_reckoning(cases):
-    for name, config, gpus in (
-        ("8B", gpu.SHAPES["8B"], 2),
-        ("70B", gpu.SHAPES["70B"], 8),
-        ("70B", gpu.SHAPES["70B"], 16),
-    ):
-        parts = reckon(cases, config, gpus)
-        print(f"{name} on {gpus} GPUs, GiB: " + ", ".join(f"{part} {value:.1f}" for part, value in parts.items()))
-        moved = parts["moved to each card in a step"] * GIB / 1e9
-        rates = ", ".join(f"{moved / rate:.1f} s at {rate} GB/s" for rate in (200, 20, 10))
-        print(f"  without graphs {parts['a card'] - parts['graphs']:.1f}; a step takes at least {rates} to each card")
+def reckoning(cases):
+    """Lines: 70B with 8 rows a step on more GPUs than have run, by what ran."""
+    for case in cases:
+        if case["case"].startswith("70B") and case["batch_size"] == 8 and "failed" not in case:
+            yield f"{case['case']} moves {moved_gib('70B', case['gpus']):.0f} GiB to each card in a step"
+            for gpus in (8, 16):
+                peak, moved, rate, seconds = reckon(case, gpus)
+                yield (
+                    f"  on {gpus} GPUs, reckoned: {peak:.1f} GiB of each card; {moved:.0f} GiB moved to each in a step, at "
+                    f"least {seconds:.1f} s at {rate:.0f} GB/s, {moved * GIB / 20e9:.1f} s at 20"
+                )
 
 
 HEADINGS = (
@@ -242,6 +260,7 @@ def main():
     parser.add_argument(
         "--reckon", metavar="RESULTS", help="print the cases of RESULTS, how they compare, what 70B needs"
     )
+    parser.add_argument("--cap", type=float, metavar="GIB", help="that each card may have, instead of the cases' own")
     parser.add_argument("--commit", default=gpu.commit(), help="recorded in the results; asked of git if left out")
     parser.add_argument("--only", nargs="+", default=[*CASES], choices=[*CASES])
     parser.add_argument("--case", choices=[*CASES], help="run this case's rank in this process")
@@ -252,8 +271,8 @@ def main():
         return
     if reckons:
         cases = json.loads(Path(args.reckon).read_text())["cases"]
-        print(HEADINGS, *(line_of(case) for case in cases if "failed" not in case), *compare(cases), sep="\n")
-        print_reckoning(cases)
+        print(HEADINGS, *(line_of(case) for case in cases if "failed" not in case), sep="\n")
+        print(*compare(cases), *reckoning(cases), sep="\n")
         return
     out = Path(args.out)
     found = json.loads(out.read_text()) if out.exists() else {"cases": []}

@@ -20,6 +20,7 @@ from statistics import mean, stdev
 import accuracy
 import gpu
 import numpy as np
+import ranks
 
 ROOT, RESULTS = Path(__file__).parents[2], Path(__file__).parent / "results"
 GRIDS = RESULTS / "accuracy-grids.md"
@@ -328,39 +329,88 @@ def questions_and_answers():
 # Several GPUs
 
 
-def ranks_rows(names):
-    found, rows = cases("ranks-h200.json"), []
-    for name in names:
-        case, one = found[name], found.get(name.split(", NCCL")[0].replace("two GPUs", "one GPU"))
-        train, load_ = case["memory_gib"]["train"], case["memory_gib"]["load"]
-        context = load_["device"] - load_["reserved"]
-        gib = [train[kind] for kind in ("device", "reserved", "allocated")]
-        gib += [context, train["device"] - train["reserved"] - context]
-        comparable = one not in (None, case) and one["commit"] == case["commit"]
-        times = f"{case['rows_per_second'] / one['rows_per_second']:.2f}" if comparable else ""
-        what = re.sub(r", (one|two) GPUs?|, batch \d+", "", name).replace("NCCL as it is", "NCCL's own settings")
-        speeds = [rows_per_second(case), f"{case['ms_per_step']:.1f}", times]
-        rows.append([what, case["batch_size"], case["gpus"], *(f"{x:.2f}" for x in gib), *speeds])
-    return rows, [found[name] for name in names]
+FOUR_GPUS = "four-gpus-h200.json"
+
+
+def several_of(gpus, batch, model="8B"):
+    """The case of FOUR_GPUS on so many GPUs."""
+    return cases(FOUR_GPUS)[f"{model}, {gpus} GPU{'s' * (gpus != 'one')}, batch {batch}"]
 
 
 @block
 def several_gpus_short():
-    rows, found = ranks_rows(["8B, one GPU, batch 32", "8B, two GPUs, batch 32", "8B, two GPUs, batch 128"])
-    alone, both, large = rows
+    two, four = several_of("two", 32), several_of("four", 64)
+    times = [
+        f"{ranks.share_of_linear(case, load(FOUR_GPUS)['cases']) * case['gpus']:.2f} times" for case in (two, four)
+    ]
+    large = several_of("four", 8, "70B")
     return (
-        f"{both[-1]} times the rows/s of one with {both[1]} rows a step, {large[-1]} times with {large[1]}, and "
-        f"{both[3]} GiB of each card instead of {alone[3]} ({cards(found)})"
+        f"With 16 rows a card of 8B two do {times[0]} the rows/s of one, four {times[1]}; 70B takes {peak(large)} GiB of "
+        f"each of four ({cards([two, four, large])})"
     )
 
 
 @block
 def several_gpus():
-    names = [name for name in cases("ranks-h200.json") if "noise" not in name and "memory_budget" not in name]
-    rows, found = ranks_rows(names)
+    rows, found = [], [case for name, case in cases(FOUR_GPUS).items() if "NCCL" not in name]
+    for case in found:
+        train, load_ = case["memory_gib"]["train"], case["memory_gib"]["load"]
+        context = load_["device"] - load_["reserved"]
+        gib = [float(peak(case)), train["reserved"], train["allocated"], context]
+        gib.append(train["device"] - train["reserved"] - context)
+        share, alone = ranks.share_of_linear(case, found), case["only_communication_ms"]
+        waits = f"{100 * alone / case['ms_per_step']:.0f} %" if alone else ""
+        speeds = [rows_per_second(case), f"{case['ms_per_step']:.0f}", waits, f"{share:.2f}" if share else ""]
+        rows.append([case["case"].split(",")[0], case["batch_size"], case["gpus"], *(f"{x:.2f}" for x in gib), *speeds])
     gib = ["peak on each card, GiB", "reserved", "allocated", "CUDA, NCCL", "graphs"]
-    head = ["", "batch", "GPUs", *gib, "rows/s", "ms a step", "times one GPU"]
-    return table(head, rows) + source("ranks-h200.json", found)
+    head = ["", "batch", "GPUs", *gib, "rows/s", "ms a step", "only communication runs", "of linear"]
+    return table(head, rows) + source(FOUR_GPUS, found)
+
+
+@block
+def several_gpus_losses():
+    found = [several_of("four", batch, "70B") for batch in (8, 32, 128)]
+    fell = [
+        f"{before:.2f} to {after:.2f} with {case['batch_size']} rows a step"
+        for case in found
+        for before, after in [ranks.losses(case)]
+    ]
+    return f"{', '.join(fell)} (means of steps 1 to 5 and 26 to 30)"
+
+
+@block
+def several_gpus_time():
+    case = several_of("four", 64)
+    alone, four = several_of("one", 16)["kernel_ms"], case["kernel_ms"]
+    products, copies = "matrix products", "FSDP2's copies"
+    return (
+        f"of {case['ms_per_step']:.0f} ms a step {products} take {four[products]:.0f} instead of {alone[products]:.0f} on "
+        f"one card, {copies} {four[copies]:.0f}, and {case['only_communication_ms']:.0f} pass with communication alone"
+    )
+
+
+@block
+def several_gpus_reckoned():
+    of_four = several_of("four", 8, "70B")
+    (eight, moved, rate, seconds), (sixteen, *_) = (ranks.reckon(of_four, gpus) for gpus in (8, 16))
+    return (
+        f"{eight:.1f} GiB of each of 8 cards and {sixteen:.1f} of each of 16; a step on 8 moves {moved:.0f} GiB to each, "
+        f"in {seconds:.1f} s at the {rate:.0f} GB/s of four"
+    )
+
+
+@block
+def two_gpus():
+    found = cases("ranks-h200.json")
+    pairs = [("1B", 8, ""), ("8B", 8, ""), ("8B", 32, ", batch 32"), ("8B", 128, ", batch 128")]
+    rows, used = [], []
+    for model, batch, suffix in pairs:
+        one, two = (found[f"{model}, {gpus}{suffix}"] for gpus in ("one GPU", "two GPUs"))
+        used += [one, two]
+        times = f"{two['rows_per_second'] / one['rows_per_second']:.2f}"
+        rows.append([model, batch, peak(one), peak(two), rows_per_second(one), rows_per_second(two), times])
+    head = ["", "batch", "one: GiB", "two: GiB on each", "one: rows/s", "two: rows/s", "times one"]
+    return table(head, rows) + source("ranks-h200.json", used)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
