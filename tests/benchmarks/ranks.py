@@ -52,7 +52,7 @@ CASES = {
     "8B, two GPUs, batch 128": (2, "8B", ["--batch_size", "128"], (20, 16, 0), None, {}),
     "8B, four GPUs, batch 64": (4, "8B", ["--batch_size", "64"], (64, 32, 8), None, {}),
     "8B, four GPUs, batch 64, NCCL as it is": (4, "8B", ["--batch_size", "64"], (64, 32, 8), None, AS_IT_IS),
-    "8B, four GPUs, batch 64, NCCL on 8 thread blocks": (4, "8B", ["--batch_size", "64"], (64, 32, 8), None, FEW_BLOCKS),
+    "8B, four GPUs, batch 64, NCCL on 8 blocks": (4, "8B", ["--batch_size", "64"], (64, 32, 8), None, FEW_BLOCKS),
     "8B, eight GPUs, batch 128": (8, "8B", ["--batch_size", "128"], (64, 32, 8), None, {}),
     "32B, two GPUs": (2, "32B", [], (24, 24, 0), 40, {}),
 }
