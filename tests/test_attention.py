@@ -305,21 +305,61 @@ def test_rounding_that_grows_over_many_layers_is_no_change_of_place(monkeypatch)
     for p in network.parameters():
         if p.ndim > 1:
             p.data.mul_(1.8 / p.shape[-1] ** 0.5 / p.std())  # as of 8,192 inputs at a deviation of 0.02
-    lm = as_lm(network)
-    padded, data = Data(rows(), [], max_tokens=128), Data(rows(), [], max_tokens=128)
-    plain = attention.attend_within_rows
+    lm, data = as_lm(network), Data(rows(), [], max_tokens=128)
+    _, before = attention._hidden_states(lm, data.small())
+    at, plain = data.small().indices, attention.attend_within_rows
 
     def rounded_otherwise(*args, **kwargs):
         out, weights = plain(*args, **kwargs)
         return out * (1 + 2**-9 * torch.randn(out.shape, generator=torch.Generator().manual_seed(0))), weights
 
-    monkeypatch.setattr(attention, "attend_within_rows", rounded_otherwise)
-    before = attention._hidden_states(lm, padded.small())
-    attention.choose_layout(lm, data)
-    assert type(data.layout) is Lines
-    after = attention._hidden_states(lm, data.small())
-    few, all_ = ((a - b).norm(dim=1) / a.norm(dim=1) for a, b in zip(before, after, strict=True))
-    assert few.max() < attention.IN_PLACE < all_.max()
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "attend_within_rows", rounded_otherwise)
+        attention.choose_layout(lm, data)
+        assert type(data.layout) is Lines
+        _, after = attention._hidden_states(lm, data.small())
+    transformers.AttentionInterface.register(attention.NAME, plain)
+    assert attention._apart(before[at], after[data.small().indices]).max() > attention.IN_PLACE
+
+
+@pytest.mark.parametrize("which", [0, 3, 5])
+def test_one_layer_that_tells_places_in_a_line_apart_is_found(which, capsys):
+    network = make_model("llama", num_hidden_layers=6)
+
+    def by_place(_, args, kwargs):
+        states = kwargs["hidden_states"]
+        return args, kwargs | {"hidden_states": states * (1 + torch.arange(states.shape[1])[:, None] / 100)}
+
+    network.model.layers[which].self_attn.register_forward_pre_hook(by_place, with_kwargs=True)
+    data = Data(rows(), [], max_tokens=128)
+    attention.choose_layout(as_lm(network), data)
+    assert type(data.layout) is PaddedRows
+    assert "a row's place in a line changes it" in capsys.readouterr().out
+
+
+def four_dimensions(layers):
+    """As between the layers of Gemma 3n."""
+    layers[0].register_forward_hook(lambda _, args, out: out[None])
+    layers[1].register_forward_pre_hook(lambda _, args: (args[0][0], *args[1:]))
+
+
+def twice_the_same(layers):
+    layers[1] = layers[0]
+
+
+def one_idle(layers):
+    layers[1].forward = layers[0].forward
+
+
+@pytest.mark.parametrize(
+    ("change", "layout"), [(four_dimensions, Lines), (twice_the_same, Lines), (one_idle, PaddedRows)]
+)
+def test_layers_of_other_make_are_tried_out_too(change, layout):
+    network = make_model("llama")
+    change(network.model.layers)
+    data = Data(rows(), [], max_tokens=128)
+    attention.choose_layout(as_lm(network), data)
+    assert type(data.layout) is layout
 
 
 def test_a_window_behind_the_first_layers_is_looked_for():

@@ -1,6 +1,7 @@
 """Attention within each row of a line, and whether a model can be trained on lines at all."""
 
 import inspect
+from contextlib import ExitStack
 from itertools import pairwise
 
 import torch
@@ -23,7 +24,7 @@ def gqa_of(signature: inspect.Signature) -> dict[str, bool]:
 
 GQA = gqa_of(inspect.signature(varlen.varlen_attn))  # asked once, not by each layer of each step
 KEPT_APART = 0.01  # of a hidden state's length; 0 where rows are kept apart: the same kernels on the same numbers
-IN_PLACE = 0.05  # of its length: room for bf16's rounding by other kernels
+IN_PLACE = 0.05  # of its length, by each layer: room for bf16's rounding by other kernels, which adds up over layers
 
 
 def attend_within_rows(
@@ -113,9 +114,9 @@ def _why_no_lines(lm, data):
     AttentionInterface.register(NAME, record)
     lm.network.set_attn_implementation(NAME)
     try:
-        in_line, _ = _hidden_states(lm, batch)
+        in_line, before = _hidden_states(lm, batch)
         changed, same = models.change_first_row(batch, lm.network)
-        _, after = _hidden_states(lm, changed, at=same)
+        _, after = _hidden_states(lm, changed)
         _hidden_states(lm, batch, training=True)  # where there may be dropout
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         if what_ran_out(error):
@@ -125,10 +126,10 @@ def _why_no_lines(lm, data):
         AttentionInterface.register(NAME, attend_within_rows)
     if not all(used.intersection(layer.modules()) for layer in lm.layers):
         return "not every layer is plain attention"
-    _, before = _hidden_states(lm, batch, at=same)
-    if _differ(before, after, KEPT_APART):
+    if not (_apart(before[same], after[same]) <= KEPT_APART).all():
         return "a layer sees across rows"
-    if _differ(padded, in_line, IN_PLACE):
+    apart = torch.stack([_apart(*states) for states in zip(padded, in_line, strict=True)])
+    if not (apart.diff(dim=0, prepend=torch.zeros_like(apart[:1])) <= IN_PLACE).all():
         return "a row's place in a line changes it"
     if missing := models.windows_below(lm.network, data.longest()) - windows:
         return f"attention does not say its window of {missing.pop()} tokens"
@@ -136,22 +137,26 @@ def _why_no_lines(lm, data):
 
 
 @torch.no_grad()
-def _hidden_states(lm, batch, at=None, training=False):
-    """fp32 [n, width], twice, at the batch's targets, or at the flat indices `at`: behind the first layers, each kind
-    among them, and behind all. The more layers, the more rounding differs: by 0.24 behind 80 of random weights.
+def _hidden_states(lm, batch, training=False):
+    """(those of the batch's targets behind each layer and behind all, [fp32 [n, width]]; all at the end, fp32 [rows *
+    length, width]).
+
+    Layers in the order of running; without those whose states are not [rows, length, width] (Gemma 3n's).
     """
-    batch, found = batch.to(lm.device), []
-    first = lm.layers[models.layers_to_measure(lm.network) - 1]
+    batch, of_targets = batch.to(lm.device), []
 
     def keep(layer, args, out):
-        found.append(out[0] if isinstance(out, tuple) else out)
+        out = out[0] if isinstance(out, tuple) else out
+        if torch.is_tensor(out) and out.shape[:-1] == batch.ids.shape:
+            of_targets.append(out.flatten(0, 1)[batch.indices].float())
 
-    with models.mode(lm.network, training), lm.precision(), first.register_forward_hook(keep):
-        found.append(lm.network.base_model(**batch.inputs(), use_cache=False).last_hidden_state)
-    indices = batch.indices if at is None else at.to(lm.device)
-    return [states.flatten(0, 1)[indices].float() for states in found]
+    with models.mode(lm.network, training), lm.precision(), ExitStack() as hooks:
+        for layer in dict.fromkeys(lm.layers):
+            hooks.enter_context(layer.register_forward_hook(keep))
+        states = lm.network.base_model(**batch.inputs(), use_cache=False).last_hidden_state.flatten(0, 1).float()
+    return [*of_targets, states[batch.indices]], states
 
 
-def _differ(a, b, tolerance):
-    """Whether a row of a [n, width] is farther from that of b than such a part of its length."""
-    return not ((a - b).norm(dim=1) <= tolerance * a.norm(dim=1)).all()
+def _apart(a, b):
+    """fp32 [n]: how far a row of b [n, width] is from that of a, as a part of its length."""
+    return (a - b).norm(dim=1) / a.norm(dim=1).clamp_min(torch.finfo().tiny)

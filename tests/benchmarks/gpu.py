@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from lowmem import adafactor, cuda_graphs
-from lowmem.training import checkpoint, weights
+from lowmem.training import checkpoint, parallel, weights
 from lowmem.training.memory import GIB
 from lowmem.training.run import Run
 
@@ -156,7 +156,7 @@ def machine():
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "card": torch.cuda.get_device_name(),
-        "driver": driver.stdout.strip(),
+        "driver": driver.stdout.split("\n")[0],
         "cuda": torch.version.cuda,
         "triton": version("triton"),
         "cpu": cpu[1] if cpu else platform.machine(),
@@ -175,7 +175,6 @@ class Stopwatch:
     def __init__(self, before, timed, profiled):
         self.first, self.last, self.profiled = before, before + timed, profiled
         self.stamps, self.losses, self.kernels, self.context, self.tokens = [], [], {}, None, 0
-        self.spans = []  # of profiled kernels: (name, start, end), in µs
         self.plain, Run.after_step = Run.after_step, lambda run, loss: self.step(run, loss)
 
     def step(self, run, loss):
@@ -194,9 +193,7 @@ class Stopwatch:
             torch.cuda.synchronize()
             self.context = device_gib() - torch.cuda.memory_reserved() / GIB
             self.profiler.__exit__(None, None, None)
-            self.updated = sum(p.numel() for p in run.lm.trained.values())
-            of_gpu = [e for e in self.profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-            self.spans = [(e.name, e.time_range.start, e.time_range.end) for e in of_gpu]
+            self.updated = sum(parallel.own_rows(p).numel() for p in run.lm.trained.values())
             for event in self.profiler.key_averages():
                 self.kernels[event.key] = (event.device_time_total / 1000 / self.profiled, event.count / self.profiled)
 

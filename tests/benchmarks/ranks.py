@@ -1,7 +1,7 @@
 """Memory, speed and loss of finetune_lowmem.py on one and on several GPUs: exact Llama shapes, random weights, real rows.
 
     python tests/benchmarks/ranks.py --tokenizer MODEL_FOLDER --dataset DATASET_FOLDER --out results.json
-    python tests/benchmarks/ranks.py --reckon results.json   # such results, compared, and 70B on more GPUs by them
+    python tests/benchmarks/ranks.py --reckon results.json   # such results, compared, and 70B on eight GPUs by them
 
 As gpu.py, whose parts it uses: each case is the real script, in a process for each GPU. Layers are not compiled, as in a
 run of fewer than 8,000 steps. With the demo's rows no graph is captured in the timed steps: each of their lengths came
@@ -67,7 +67,7 @@ KERNELS = {  # by what is in their names
     "FSDP2's copies": "split_with_sizes|chunk_cat|multi_tensor_apply",
     "update": f"^({'|'.join(gpu.UPDATE_KERNELS)})$",
 }
-CONTEXT_GIB = 3.7  # of a capped card that PyTorch does not count: CUDA, graphs, NCCL; at 70B, batch 128
+CONTEXT_GIB = 2.3  # of a capped card that PyTorch does not count: CUDA, NCCL, graphs of 80 layers
 
 
 def random_shares(name, dtype):
@@ -95,7 +95,7 @@ def random_shares(name, dtype):
     return model
 
 
-def alone(spans, names):
+def time_alone(spans, names):
     """Time in which kernels whose names match run, and no other, of [(name, start, end)]; in the unit of those."""
     edges = []
     for name, start, end in spans:
@@ -110,6 +110,12 @@ def alone(spans, names):
     return found
 
 
+def spans_of(profiler):
+    """[(name, start, end)] of the kernels that a torch.profiler has seen, in µs."""
+    of_gpu = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return [(event.name, event.time_range.start, event.time_range.end) for event in of_gpu]
+
+
 def worker(name, args):
     """Run one case's rank in this process; rank 0 writes the result."""
     gpus, shape, flags, (before, timed, profiled), cap, _ = CASES[name]
@@ -120,7 +126,7 @@ def worker(name, args):
     make = random_shares if gpus > 1 and shape != "1B" else gpu.random_model
 
     def load(*which):
-        if cap:  # only now: before the run has chosen its GPU and its allocator it would be another's
+        if cap:  # not before: the run must have chosen its GPU and its allocator when CUDA starts
             total = torch.cuda.mem_get_info()[1]
             torch.cuda.set_per_process_memory_fraction((cap - CONTEXT_GIB) * GIB / total)
         return make(*which)
@@ -132,8 +138,6 @@ def worker(name, args):
     argv += ["--eval_rows", "200" if shape == "1B" else "40", "--log_every", "20", "--no_save_model"]
     argv += ["--schedule", "constant", "--dataset", args.dataset]
     summary = finetune_lowmem.main([*argv, "--max_steps", str(before + timed + profiled), *flags])
-    if cap and (peak := summary["memory_gib"]["train"]["device"]) > cap:
-        sys.exit(f"{peak:.2f} GiB of a card were in use, more than {cap}: CONTEXT_GIB is too small")
     if parallel.rank() == 0:
         kept = ["memory_gib", "memory_of_rank", "ledger_gib", "eval", "seconds_to_first_step"]
         kept += ["skipped_updates", "versions"]
@@ -144,32 +148,38 @@ def worker(name, args):
                 kind: sum(ms for name, (ms, _) in stopwatch.kernels.items() if re.search(names, name))
                 for kind, names in KERNELS.items()
             }
-            result["only_communication_ms"] = alone(stopwatch.spans, KERNELS["communication"]) / 1000 / profiled
+            spans = spans_of(stopwatch.profiler)
+            result["only_communication_ms"] = time_alone(spans, KERNELS["communication"]) / 1000 / profiled
         Path(args.folder, "result.json").write_text(json.dumps(result | {"machine": gpu.machine()}))
+        if cap and peak_gib(result) > cap:
+            sys.exit(f"{peak_gib(result):.2f} GiB of a card were in use, more than {cap}: CONTEXT_GIB is too small")
+
+
+def peak_gib(case):
+    """GiB in use on the fullest card, in all phases."""
+    return max(phase["device"] for phase in case["memory_gib"].values())
 
 
 def compare(cases):
-    """Lines: throughput of two GPUs over one, and how far apart the losses of the 1B runs are, all at one commit."""
-    found = {case["case"]: case for case in cases if "failed" not in case}
-
-    def at_one_commit(*names):
-        named = [found[name] for name in names if name in found]
-        return named if len(named) == len(names) and len({case["commit"] for case in named}) == 1 else None
-
-    for name, case in found.items():
-        one = name.split(", NCCL")[0].replace("two GPUs", "one GPU")
-        if one != name and at_one_commit(name, one):
-            yield f"{name}: {case['rows_per_second'] / found[one]['rows_per_second']:.2f} times the rows/s of {one}"
+    """Lines: rows/s against one GPU, where the time goes, losses; and how far apart the losses of the 1B runs are."""
+    for case in cases:
+        name = case["case"]
+        if "failed" in case:
+            continue
+        if one := of_one_gpu(case, cases, case["batch_size"]):
+            yield f"{name}: {case['rows_per_second'] / one['rows_per_second']:.2f} times the rows/s of {one['case']}"
         if share := share_of_linear(case, cases):
             yield f"{name}: {share:.2f} of {case['gpus']} times the rows/s of one GPU with as many rows a card"
         if "kernel_ms" in case:
             times = ", ".join(f"{kind} {ms:.0f}" for kind, ms in case["kernel_ms"].items())
             yield f"{name}: of a step of {case['ms_per_step']:.0f} ms, kernels that may run side by side, ms: {times}"
-        if alone_ms := case.get("only_communication_ms"):
-            yield f"{name}: communication alone runs {alone_ms:.0f} ms, {100 * alone_ms / case['ms_per_step']:.0f} % of a step"
+        if ms := case.get("only_communication_ms"):
+            yield f"{name}: only communication runs for {ms:.0f} ms, {100 * ms / case['ms_per_step']:.0f} % of a step"
         if case["gpus"] > 1:
             yield f"{name}: loss {losses(case)[0]:.2f} in the first 5 steps, {losses(case)[1]:.2f} in steps 26 to 30"
-    if three := at_one_commit("1B, one GPU", "1B, one GPU, other rounding noise", "1B, two GPUs"):
+    found = {case["case"]: case for case in cases if "failed" not in case}
+    three = [found.get(name) for name in ("1B, one GPU", "1B, one GPU, other rounding noise", "1B, two GPUs")]
+    if all(three) and len({case["commit"] for case in three}) == 1:
         one, noise, two = three
         for name, other in (("two GPUs", two), ("other rounding noise", noise)):
             differences = [a - b for a, b in zip(other["losses"], one["losses"], strict=True)]
@@ -182,13 +192,20 @@ def compare(cases):
             yield f"1B, {name} minus one GPU, held-out gold NLL after the last step: {nll:.4f}"
 
 
+def of_one_gpu(case, cases, batch_size):
+    """The case of the same model, settings and commit on one GPU with such a batch; None if there is none."""
+
+    def alike(case):
+        return re.sub(r", (one|two|four|eight) GPUs?|, batch \d+|, NCCL.*", "", case["case"]), case["commit"]
+
+    ones = [one for one in cases if "failed" not in one and one["gpus"] == 1 and one["batch_size"] == batch_size]
+    return next((one for one in ones if case["gpus"] > 1 and alike(one) == alike(case)), None)
+
+
 def share_of_linear(case, cases):
     """Rows/s of a case on several GPUs over that of so many times one GPU with as many rows a card; None if unknown."""
-    of_one = (case["case"].split(",")[0], 1, case["batch_size"] / case["gpus"], case["commit"])
-    for one in cases if case["gpus"] > 1 else ():
-        if "failed" not in one and of_one == (one["case"].split(",")[0], one["gpus"], one["batch_size"], one["commit"]):
-            return case["rows_per_second"] / one["rows_per_second"] / case["gpus"]
-    return None
+    one = of_one_gpu(case, cases, case["batch_size"] / case["gpus"])
+    return one and case["rows_per_second"] / one["rows_per_second"] / case["gpus"]
 
 
 def losses(case):
@@ -208,10 +225,10 @@ def reckon(case, gpus):
     Weights are dealt out to them; all else on a card stays as large. The rate is that at which the case's communication
     ran.
     """
-    shape, peak = case["case"].split(",")[0], max(phase["device"] for phase in case["memory_gib"].values())
-    share, moved = case["ledger_gib"]["weights"], moved_gib(shape, gpus)
+    shape, share = case["case"].split(",")[0], case["ledger_gib"]["weights"]
+    moved = moved_gib(shape, gpus)
     rate = moved_gib(shape, case["gpus"]) * GIB / 1e6 / case["kernel_ms"]["communication"]
-    return peak - share + share * case["gpus"] / gpus, moved, rate, moved * GIB / 1e9 / rate
+    return peak_gib(case) - share + share * case["gpus"] / gpus, moved, rate, moved * GIB / 1e9 / rate
 
 
 def sizes(config):
@@ -223,14 +240,14 @@ def sizes(config):
 
 
 def reckoning(cases):
-    """Lines: 70B with 8 rows a step on more GPUs than have run, by what ran."""
+    """Lines: what a step of 70B moves; 70B with 8 rows a step on eight GPUs, if fewer have run."""
     for case in cases:
         if case["case"].startswith("70B") and case["batch_size"] == 8 and "failed" not in case:
-            yield f"{case['case']} moves {moved_gib('70B', case['gpus']):.0f} GiB to each card in a step"
-            for gpus in (8, 16):
-                peak, moved, rate, seconds = reckon(case, gpus)
+            yield f"{case['case']}: {moved_gib('70B', case['gpus']):.0f} GiB moved to each card in a step"
+            if case["gpus"] < 8:
+                peak, moved, rate, seconds = reckon(case, 8)
                 yield (
-                    f"  on {gpus} GPUs, reckoned: {peak:.1f} GiB of each card; {moved:.0f} GiB moved to each in a step, at "
+                    f"  on 8 GPUs, reckoned: {peak:.1f} GiB of each card; {moved:.0f} GiB moved to each in a step, at "
                     f"least {seconds:.1f} s at {rate:.0f} GB/s, {moved * GIB / 20e9:.1f} s at 20"
                 )
 
@@ -258,7 +275,7 @@ def main():
     parser.add_argument("--dataset", required=not reckons)
     parser.add_argument("--out", required=not reckons, help="JSON; cases that it holds are replaced, others kept")
     parser.add_argument(
-        "--reckon", metavar="RESULTS", help="print the cases of RESULTS, how they compare, what 70B needs"
+        "--reckon", metavar="RESULTS", help="print the cases of RESULTS, how they compare, 70B on eight GPUs"
     )
     parser.add_argument("--cap", type=float, metavar="GIB", help="that each card may have, instead of the cases' own")
     parser.add_argument("--commit", default=gpu.commit(), help="recorded in the results; asked of git if left out")
