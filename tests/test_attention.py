@@ -76,24 +76,26 @@ def few_or_not(length, few_lengths):
     ],
 )
 def test_updates_are_those_of_padded_rows(architecture):
-    """Ten steps of Adafactor in backward, in fp32."""
-    found = []
+    """Ten steps of Adafactor in backward, in fp32. Seen: 9e-6.
+
+    Without a key's bias, which changes no weight of softmax: its gradient is rounding noise, and so are its steps, which
+    round the others' otherwise.
+    """
+    found, noise = [], ("k_proj.bias", "query_key_value.bias", "c_attn.bias")
     for layout in (PaddedRows, Lines):
         lm = as_lm(make_model(architecture))
         data = data_for(lm) if layout is Lines else Data(rows(), [], max_tokens=128)
         checkpointed(lm.network)
-        before = {name: p.detach().clone() for name, p in lm.trained.items()}
-        finetune_lowmem.update_in_backward(Adafactor(lm.trained.values(), lr=1e-2), lm.trained)
+        trained = {name: p for name, p in lm.trained.items() if not name.endswith(noise)}
+        assert len(trained) >= len(lm.trained) - 2
+        before = {name: p.detach().clone() for name, p in trained.items()}
+        finetune_lowmem.update_in_backward(Adafactor(trained.values(), lr=1e-2), trained)
         for _ in range(10):
             finetune_lowmem.training_loss(lm, data.batch(data.train)).backward()
-        found.append({name: p.detach() - before[name] for name, p in lm.trained.items()})
+        found.append({name: p.detach() - before[name] for name, p in trained.items()})
     padded, lines = found
-    # a key's bias changes no weight of softmax: its gradient is rounding noise, and so are Adafactor's steps
-    noise = ("k_proj.bias", "query_key_value.bias", "c_attn.bias")
-    compared = [name for name in padded if not name.endswith(noise)]
-    assert len(compared) >= len(padded) - 2
-    for name in compared:
-        assert (lines[name] - padded[name]).norm() < 1e-3 * padded[name].norm(), name
+    for name in padded:
+        assert (lines[name] - padded[name]).norm() < 1e-4 * padded[name].norm(), name
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "gpt2", "mixtral"])
