@@ -175,6 +175,8 @@ def compare(cases):
             yield f"{name}: of a step of {case['ms_per_step']:.0f} ms, kernels that may run side by side, ms: {times}"
         if ms := case.get("only_communication_ms"):
             yield f"{name}: only communication runs for {ms:.0f} ms, {100 * ms / case['ms_per_step']:.0f} % of a step"
+        if case["gpus"] > 1 and "--" not in name:  # those flags change what is moved
+            yield f"{name}: {moved_gib(name.split(',')[0], case['gpus']):.0f} GiB moved to each card in a step"
         if case["gpus"] > 1:
             yield f"{name}: loss {losses(case)[0]:.2f} in the first 5 steps, {losses(case)[1]:.2f} in steps 26 to 30"
     found = {case["case"]: case for case in cases if "failed" not in case}
@@ -198,8 +200,10 @@ def of_one_gpu(case, cases, batch_size):
     def alike(case):
         return re.sub(r", (one|two|four|eight) GPUs?|, batch \d+|, NCCL.*", "", case["case"]), case["commit"]
 
+    if case["gpus"] == 1:
+        return None
     ones = [one for one in cases if "failed" not in one and one["gpus"] == 1 and one["batch_size"] == batch_size]
-    return next((one for one in ones if case["gpus"] > 1 and alike(one) == alike(case)), None)
+    return next((one for one in ones if alike(one) == alike(case)), None)
 
 
 def share_of_linear(case, cases):
@@ -240,16 +244,14 @@ def sizes(config):
 
 
 def reckoning(cases):
-    """Lines: what a step of 70B moves; 70B with 8 rows a step on eight GPUs, if fewer have run."""
+    """Lines: 70B with 8 rows a step on eight GPUs, of cases on fewer."""
     for case in cases:
-        if case["case"].startswith("70B") and case["batch_size"] == 8 and "failed" not in case:
-            yield f"{case['case']}: {moved_gib('70B', case['gpus']):.0f} GiB moved to each card in a step"
-            if case["gpus"] < 8:
-                peak, moved, rate, seconds = reckon(case, 8)
-                yield (
-                    f"  on 8 GPUs, reckoned: {peak:.1f} GiB of each card; {moved:.0f} GiB moved to each in a step, at "
-                    f"least {seconds:.1f} s at {rate:.0f} GB/s, {moved * GIB / 20e9:.1f} s at 20"
-                )
+        if case["case"].startswith("70B") and case["batch_size"] == 8 and "failed" not in case and case["gpus"] < 8:
+            peak, moved, rate, seconds = reckon(case, 8)
+            yield (
+                f"{case['case']}, on 8 GPUs reckoned: {peak:.1f} GiB of each card; {moved:.0f} GiB moved to each in a step, "
+                f"at least {seconds:.1f} s at {rate:.0f} GB/s, {moved * GIB / 20e9:.1f} s at 20"
+            )
 
 
 HEADINGS = (

@@ -78,8 +78,7 @@ def source(file, found):
 
 def peak(case):
     """GiB in use on the card at most, in all phases of the run; of a peer in training."""
-    phases = case.get("memory_gib", {"train": {"device": case.get("device_gib")}})
-    return f"{max(phase['device'] for phase in phases.values()):.2f}"
+    return f"{ranks.peak_gib(case) if 'memory_gib' in case else case['device_gib']:.2f}"
 
 
 def rows_per_second(case):
@@ -354,12 +353,12 @@ def several_gpus():
     for case in found:
         train, load_ = case["memory_gib"]["train"], case["memory_gib"]["load"]
         context = load_["device"] - load_["reserved"]
-        gib = [ranks.peak_gib(case), train["reserved"], train["allocated"], context]
-        gib.append(train["device"] - train["reserved"] - context)
+        gib = [train["reserved"], train["allocated"], context, train["device"] - train["reserved"] - context]
         share, ms = ranks.share_of_linear(case, found), case.get("only_communication_ms")
         waits = f"{100 * ms / case['ms_per_step']:.0f} %" if ms else ""
         speeds = [rows_per_second(case), f"{case['ms_per_step']:.0f}", waits, f"{share:.2f}" if share else ""]
-        rows.append([case["case"].split(",")[0], case["batch_size"], case["gpus"], *(f"{x:.2f}" for x in gib), *speeds])
+        what = [case["case"].split(",")[0], case["batch_size"], case["gpus"], peak(case)]
+        rows.append([*what, *(f"{x:.2f}" for x in gib), *speeds])
     gib = ["peak on the fullest card, GiB", "reserved", "allocated", "CUDA, NCCL", "graphs"]
     head = ["", "batch", "GPUs", *gib, "rows/s", "ms a step", "only communication", "of linear"]
     return table(head, rows) + source(FOUR_GPUS, found)
@@ -397,16 +396,16 @@ def several_gpus_reckoned():
 
 @block
 def two_gpus():
-    found = cases("ranks-h200.json")
-    pairs = [("1B", 8, ""), ("8B", 8, ""), ("8B", 32, ", batch 32"), ("8B", 128, ", batch 128")]
-    rows, used = [], []
-    for model, batch, suffix in pairs:
-        one, two = (found[f"{model}, {gpus}{suffix}"] for gpus in ("one GPU", "two GPUs"))
+    rows, used, file = [], [], "ranks-h200.json"
+    for name in ("1B, two GPUs", "8B, two GPUs", "8B, two GPUs, batch 32", "8B, two GPUs, batch 128"):
+        two = cases(file)[name]
+        one = ranks.of_one_gpu(two, cases(file).values(), two["batch_size"])
         used += [one, two]
         times = f"{two['rows_per_second'] / one['rows_per_second']:.2f}"
-        rows.append([model, batch, peak(one), peak(two), rows_per_second(one), rows_per_second(two), times])
+        speeds = [rows_per_second(one), rows_per_second(two), times]
+        rows.append([name.split(",")[0], two["batch_size"], peak(one), peak(two), *speeds])
     head = ["", "batch", "one: GiB", "two: GiB on each", "one: rows/s", "two: rows/s", "times one"]
-    return table(head, rows) + source("ranks-h200.json", used)
+    return table(head, rows) + source(file, used)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
