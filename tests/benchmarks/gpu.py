@@ -181,6 +181,7 @@ class Stopwatch:
         self.plain(run, loss)
         self.losses.append(loss)
         self.tokens, self.lm = max(self.tokens, run.batch.ids.numel()), run.lm
+        self.layout = run.data.layout.NAME
         step = run.progress["step"]
         if step in (self.first, self.last):
             torch.cuda.synchronize()
@@ -206,6 +207,7 @@ class Stopwatch:
             "target_tokens_per_second": (targets_after - targets) / seconds,
             "ms_per_step": 1000 * seconds / steps,
             "losses": [round(loss.item(), 4) for loss in self.losses],
+            "layout": self.layout,
         }
         if self.kernels:
             busy = sum(ms for ms, _ in self.kernels.values())

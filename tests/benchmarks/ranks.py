@@ -110,6 +110,11 @@ def time_alone(spans, names):
     return found
 
 
+def length(spans):
+    """Time from the first start to the last end of [(name, start, end)]."""
+    return max(end for *_, end in spans) - min(start for _, start, _ in spans)
+
+
 def spans_of(profiler):
     """[(name, start, end)] of the kernels that a torch.profiler has seen, in µs."""
     of_gpu = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
@@ -149,6 +154,7 @@ def worker(name, args):
                 for kind, names in KERNELS.items()
             }
             spans = spans_of(stopwatch.profiler)
+            result["profiled_ms_per_step"] = length(spans) / 1000 / profiled
             result["only_communication_ms"] = time_alone(spans, KERNELS["communication"]) / 1000 / profiled
         Path(args.folder, "result.json").write_text(json.dumps(result | {"machine": gpu.machine()}))
         if cap and peak_gib(result) > cap:
@@ -173,8 +179,9 @@ def compare(cases):
         if "kernel_ms" in case:
             times = ", ".join(f"{kind} {ms:.0f}" for kind, ms in case["kernel_ms"].items())
             yield f"{name}: of a step of {case['ms_per_step']:.0f} ms, kernels that may run side by side, ms: {times}"
-        if ms := case.get("only_communication_ms"):
-            yield f"{name}: only communication runs for {ms:.0f} ms, {100 * ms / case['ms_per_step']:.0f} % of a step"
+        if share := share_of_communication(case):
+            ms, of = case["only_communication_ms"], case["profiled_ms_per_step"]
+            yield f"{name}: only communication runs for {ms:.0f} of a profiled step's {of:.0f} ms, {100 * share:.0f} %"
         if case["gpus"] > 1 and "--" not in name:  # those flags change what is moved
             yield f"{name}: {moved_gib(name.split(',')[0], case['gpus']):.0f} GiB moved to each card in a step"
         if case["gpus"] > 1:
@@ -210,6 +217,13 @@ def share_of_linear(case, cases):
     """Rows/s of a case on several GPUs over that of so many times one GPU with as many rows a card; None if unknown."""
     one = of_one_gpu(case, cases, case["batch_size"] / case["gpus"])
     return one and case["rows_per_second"] / one["rows_per_second"] / case["gpus"]
+
+
+def share_of_communication(case):
+    """Part of the profiled steps in which only communication ran; None if unknown or no other GPU took part."""
+    if case["gpus"] > 1 and "only_communication_ms" in case:
+        return case["only_communication_ms"] / case["profiled_ms_per_step"]
+    return None
 
 
 def losses(case):

@@ -354,8 +354,8 @@ def several_gpus():
         train, load_ = case["memory_gib"]["train"], case["memory_gib"]["load"]
         context = load_["device"] - load_["reserved"]
         gib = [train["reserved"], train["allocated"], context, train["device"] - train["reserved"] - context]
-        share, ms = ranks.share_of_linear(case, found), case.get("only_communication_ms")
-        waits = f"{100 * ms / case['ms_per_step']:.0f} %" if ms else ""
+        share, waiting = ranks.share_of_linear(case, found), ranks.share_of_communication(case)
+        waits = f"{100 * waiting:.0f} %" if waiting else ""
         speeds = [rows_per_second(case), f"{case['ms_per_step']:.0f}", waits, f"{share:.2f}" if share else ""]
         what = [case["case"].split(",")[0], case["batch_size"], case["gpus"], peak(case)]
         rows.append([*what, *(f"{x:.2f}" for x in gib), *speeds])
