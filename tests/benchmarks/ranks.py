@@ -5,8 +5,9 @@
 
 As gpu.py, whose parts it uses: each case is the real script, in a process for each GPU. Layers are not compiled, as in a
 run of fewer than 8,000 steps. With the demo's rows no graph is captured in the timed steps, except of 70B with 128 rows:
-two, beside a GPU that has work (profiled steps, without any, take as long). Of several ranks the layers' random weights are made on each GPU, since two copies of a 32B model do not fit the
-host; the 1B cases, whose losses are compared, have the same weights.
+two, beside a GPU that has work (profiled steps, without any, take as long). Of several ranks the layers' random weights
+are made on each GPU, since two copies of a 32B model do not fit the host; the 1B cases, whose losses are compared, have
+the same weights.
 """
 
 import argparse
