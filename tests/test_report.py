@@ -27,7 +27,7 @@ def test_time_in_which_only_communication_runs():
     ]
     assert ranks.time_alone(spans, "nccl") == (5 - 0) + (14 - 8) + (21 - 20)
     assert ranks.time_alone(spans, "product") == 0
-    assert ranks.length(spans) == 22
+    assert ranks.duration(spans) == 22
     ms = {"only_communication_ms": 3.0, "profiled_ms_per_step": 12.0, "ms_per_step": 11.0}
     assert ranks.share_of_communication({"gpus": 2} | ms) == 0.25
     assert ranks.share_of_communication({"gpus": 1} | ms) is None

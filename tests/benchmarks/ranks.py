@@ -111,7 +111,7 @@ def time_alone(spans, names):
     return found
 
 
-def length(spans):
+def duration(spans):
     """Time from the first start to the last end of [(name, start, end)]."""
     return max(end for *_, end in spans) - min(start for _, start, _ in spans)
 
@@ -155,7 +155,7 @@ def worker(name, args):
                 for kind, names in KERNELS.items()
             }
             spans = spans_of(stopwatch.profiler)
-            result["profiled_ms_per_step"] = length(spans) / 1000 / profiled
+            result["profiled_ms_per_step"] = duration(spans) / 1000 / profiled
             result["only_communication_ms"] = time_alone(spans, KERNELS["communication"]) / 1000 / profiled
         Path(args.folder, "result.json").write_text(json.dumps(result | {"machine": gpu.machine()}))
         if cap and peak_gib(result) > cap:
